@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stable_hash', 'derive_seed', 'generator', 'Settings', 'code_state', 'processor_name', 'environment', 'best_device']
 
-# %% ../nbs/00_settings.ipynb #6f9b2adc
+# %% ../nbs/00_settings.ipynb #b539ebab
 import hashlib
 import json
 import os
@@ -13,6 +13,7 @@ import platform
 import subprocess
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -79,10 +80,10 @@ class Settings:
         """Twelve hexadecimal digits that name these settings."""
         return stable_hash({"kind": type(self).__name__, **self.to_dict()})
 
-# %% ../nbs/00_settings.ipynb #47b792d4
+# %% ../nbs/00_settings.ipynb #02878930
 def code_state(root: Path | None = None) -> dict: # a folder inside the checkout; default: where this package lies
     """`{"commit", "dirty"}` of the code that runs; both None for an installed wheel, which has no git history."""
-    folder = Path(root) if root is not None else Path(__file__).parent
+    folder = Path(root) if root is not None else Path(str(files("oodrepro")))
 
     def git(*words):
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30)
