@@ -155,7 +155,7 @@ def load_checkpoint(path: Path, fingerprint: str) -> dict:
                          "train into another folder, or delete it")
     return state
 
-# %% ../nbs/03_training.ipynb #9eee9ca8
+# %% ../nbs/03_training.ipynb #c2838b9e
 def fit(model: nn.Module, # weights initialised by the caller, from a seed
         loss: Callable[[nn.Module, Draw], torch.Tensor], # scalar loss of one batch, drawn through the `Draw`
         settings: TrainingSettings,
@@ -174,7 +174,8 @@ def fit(model: nn.Module, # weights initialised by the caller, from a seed
     path, fingerprint = folder / "checkpoint.pt", _fingerprint(model, settings)
     model = model.to(accelerator.device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    average = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (1 - ema_decay_at(int(n), settings.ema)) * (new - mean))
+    average = AveragedModel(
+        model, avg_fn=lambda mean, new, n: torch.lerp(mean, new, 1 - ema_decay_at(int(n), settings.ema)))
     average.update_parameters(model)  # AveragedModel copies at its first call: that copy is the starting point
     step, history, seconds, recent = 0, [], 0.0, []
     if path.exists():
@@ -190,8 +191,9 @@ def fit(model: nn.Module, # weights initialised by the caller, from a seed
         if precision == "auto":
             timing = faster_precision(model, loss, Draw(settings.seed, 0), accelerator.device)
             precision = timing["precision"]
+            minutes = timing[f"{precision}_seconds"] * settings.steps / 60
             log(f"{name}: a step takes {timing['fp32_seconds']:.2g} s in fp32, {timing['bf16_seconds']:.2g} s in bf16; "
-                f"using {precision}, about {min(timing['fp32_seconds'], timing['bf16_seconds']) * settings.steps / 60:.1g} min")
+                f"using {precision}, about {minutes:.2g} min")
 
     def save():
         if accelerator.is_main_process:
