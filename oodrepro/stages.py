@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'code_fingerprint', 'code_name', 'file_digest', 'StageBusy', 'Stage',
-           'Stages', 'unmatched_force', 'progress']
+           'claim', 'duration', 'Stages', 'unmatched_force', 'progress']
 
 # %% ../nbs/01_stages.ipynb #41bceb74
 import ast
@@ -188,9 +188,9 @@ def _differences(old: dict, new: dict) -> list[str]:
         phrases += [words.format(name) for name in changed]
     return phrases
 
-# %% ../nbs/01_stages.ipynb #e50417b1
+# %% ../nbs/01_stages.ipynb #ccc88515
 class StageBusy(RuntimeError):
-    """Another process is making this very stage."""
+    """Another process is making the very same thing."""
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,12 @@ def _absence(folder: Path, request: dict) -> str:
     reason = "; ".join(nearest[:4]) or "missing"
     return reason + ("; taking up an interrupted run" if _partial(folder).is_dir() else "")
 
-# %% ../nbs/01_stages.ipynb #771cc2be
+# %% ../nbs/01_stages.ipynb #76933622
 @contextmanager
-def _claim(folder: Path, wait: float):
-    """Hold the lock of the stage in `folder`; raises `StageBusy` after `wait` seconds."""
+def claim(folder: Path, # need not exist yet: the lock lies beside it
+          what: str, # what is being made there, for the message to others
+          wait: float = 0.0): # seconds
+    """Hold the lock of `folder`; raises `StageBusy`, naming the holder, if it is not free after `wait` seconds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     note = folder.with_name(folder.name + ".owner.json")
     lock = filelock.FileLock(folder.with_name(folder.name + ".lock"), timeout=wait)
@@ -277,7 +279,7 @@ def _claim(folder: Path, wait: float):
             owner = "process {process} on {machine} since {since}".format(**read_json(note))
         except (OSError, ValueError, KeyError):
             owner = "another process"
-        raise StageBusy(f"{owner} is making {folder.parent.name} in {folder}: wait for it, stop it, "
+        raise StageBusy(f"{owner} is making {what} in {folder}: wait for it, stop it, "
                         "or give this run another folder") from None
     try:
         write_json(note, {"process": os.getpid(), "machine": socket.gethostname(),
@@ -288,7 +290,7 @@ def _claim(folder: Path, wait: float):
         lock.release()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`75.3` as "1 min 15 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
@@ -333,7 +335,7 @@ def _replace(plan: Stage, make) -> Stage:
     shutil.rmtree(old, ignore_errors=True)
     return replace(plan, content=manifest["content"], seconds=manifest["seconds"], manifest=manifest)
 
-# %% ../nbs/01_stages.ipynb #0682acc2
+# %% ../nbs/01_stages.ipynb #49c2c16a
 class Stages:
     """Cached, resumable, atomic steps below one folder; every reuse and every rerun is explained in the log."""
 
@@ -367,7 +369,7 @@ class Stages:
         asked = {"settings": settings, "inputs": inputs, "code": code}
         stage = self.explain(name, **asked)
         if not stage.cached:
-            with _claim(stage.folder, self.wait):
+            with claim(stage.folder, f"stage {name}", self.wait):
                 stage = self.explain(name, **asked)  # another process may have made it while this one waited
                 stage = stage if stage.cached else _logged(stage, make, self.log)
         if stage.cached:
@@ -375,7 +377,7 @@ class Stages:
         self.done.append(stage)
         return stage
 
-# %% ../nbs/01_stages.ipynb #2aede49f
+# %% ../nbs/01_stages.ipynb #9808785d
 def _logged(plan: Stage, make, log) -> Stage:
     """`_replace`, telling `log` why it starts and how it ended."""
     unmade = [label for label, content in plan.manifest["input_contents"].items() if content is None]
@@ -386,10 +388,10 @@ def _logged(plan: Stage, make, log) -> Stage:
     try:
         stage = _replace(plan, make)
     except BaseException as problem:  # Ctrl-C too: the log should say where the work lies
-        log(f"stage {plan.name}: stopped after {_duration(time.perf_counter() - start)} by {type(problem).__name__}; "
+        log(f"stage {plan.name}: stopped after {duration(time.perf_counter() - start)} by {type(problem).__name__}; "
             f"unfinished work is kept in {_partial(plan.folder)}")
         raise
-    log(f"stage {plan.name}: done in {_duration(time.perf_counter() - start)}")
+    log(f"stage {plan.name}: done in {duration(time.perf_counter() - start)}")
     return stage
 
 
@@ -397,7 +399,7 @@ def unmatched_force(stages: Stages) -> list[str]:
     """Names given to `force` that no stage of this run bore: a spelling mistake, most likely."""
     return sorted(set(stages.force) - {stage.name for stage in stages.done})
 
-# %% ../nbs/01_stages.ipynb #14f0093e
+# %% ../nbs/01_stages.ipynb #c24aa380
 def _at_a_screen() -> bool:
     """Whether somebody is watching: a terminal, or a notebook that a person has open."""
     if os.environ.get("OODREPRO_HEADLESS") == "1":
@@ -433,7 +435,7 @@ class _Lines:
         now = time.perf_counter()
         if now - self.last >= self.interval and not self.closed:
             self.last, rate = now, self.n / max(now - self.start, 1e-9)
-            left = f", {_duration((self.total - self.n) / rate)} left" if self.total and rate else ""
+            left = f", {duration((self.total - self.n) / rate)} left" if self.total and rate else ""
             whole = f"/{self.total}" if self.total else ""
             self.write(f"{self.desc}: {self.n}{whole} {self.unit}, {rate:.3g} {self.unit}/s{left}")
 
@@ -441,7 +443,7 @@ class _Lines:
         """Write the closing line, unless the work was over in a second."""
         seconds = time.perf_counter() - self.start
         if not self.closed and seconds >= 1:
-            self.write(f"{self.desc}: {self.n} {self.unit} in {_duration(seconds)}")
+            self.write(f"{self.desc}: {self.n} {self.unit} in {duration(seconds)}")
         self.closed = True
 
     def set_postfix_str(self, text: str = "", refresh: bool = True):

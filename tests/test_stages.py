@@ -123,7 +123,7 @@ def test_two_processes_on_one_stage(tmp_path):
     child = script(tmp_path, body)
     assert child.stdout.readline().startswith("stage count: running")
     assert child.stdout.readline().strip() == "0"
-    with pytest.raises(StageBusy, match=f"process {child.pid} on .* is making count"):
+    with pytest.raises(StageBusy, match=f"process {child.pid} on .* is making stage count"):
         Stages(tmp_path / "cache").run("count", write_text("never"), settings={"parts": 40})
     stage = Stages(tmp_path / "cache", wait=60).run("count", lambda folder: pytest.fail("made twice"),
                                                     settings={"parts": 40})
