@@ -92,13 +92,13 @@ def problems(receipt) -> list[str]:
         found.append(f"the ID set and the OOD set are the same, {get('row')['id']!r}; such an AUROC means nothing")
     return found
 
-# %% ../nbs/13_receipts.ipynb #71ca1f8a
+# %% ../nbs/13_receipts.ipynb #cf2c9112
 _IDENTITY = ("paper", "tier", "table", "row", "column", "method", "variant", "seed")
 
 
 def _slug(value) -> str:
     """`value` in lower-case letters, digits, dots and underscores."""
-    return re.sub(r"[^a-z0-9._]+", "_", str(value).lower()).strip("_.") or "none"
+    return re.sub(r"[^a-z0-9._]+", "_", str(value).lower().replace("+", "p")).strip("_.") or "none"  # dpm++ is dpmpp
 
 
 def run_name(receipt: dict) -> str:
