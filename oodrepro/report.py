@@ -25,7 +25,7 @@ from .published import paper_facts, published as published_numbers, published_pa
 from .receipts import PAPERS, TIERS, check, load_scores, read_receipts
 from .stages import atomic_path
 
-# %% ../nbs/51_report.ipynb #a89dd672
+# %% ../nbs/51_report.ipynb #542c2514
 _NAMES = MappingProxyType({
     "mnist": "MNIST", "kmnist": "KMNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tinyimagenet": "TinyImageNet", "textures": "Textures", "svhn": "SVHN",
@@ -37,7 +37,7 @@ _NAMES = MappingProxyType({
 
 def label(name) -> str:
     """The name a reader knows: `fashion_mnist` is FashionMNIST, `variant_steps` is steps."""
-    text = str(name)
+    text = f"{name:g}" if isinstance(name, float) else str(name)  # pandas turns whole numbers beside gaps into floats
     return _NAMES.get(text) or re.sub(r"^(row|column|variant)_", "", text).replace("_", " ")
 
 # %% ../nbs/51_report.ipynb #6d5e43b2
@@ -59,7 +59,7 @@ def verdict(ours: float | None, # our mean; None if nothing was run
         return "inside interval"
     return "outside but within the stated tolerance" if abs(ours - paper) <= tolerance + rounding else "outside"
 
-# %% ../nbs/51_report.ipynb #6e6a2abe
+# %% ../nbs/51_report.ipynb #74faa947
 def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
     """Raise `ValueError` if the receipts of a cell differ in anything but the seed, or repeat one."""
     where = ", ".join(f"{key} = {cell.iloc[0][key]}" for key in keys)
@@ -79,7 +79,8 @@ def _measured(cell: pd.DataFrame, metric: str, level: float) -> dict:
     cell = cell.sort_values("seed")
     counts = {name: "/".join(dict.fromkeys(str(n) for n in cell[name])) for name in ("n_id", "n_ood")}
     first = cell.iloc[0]
-    setting = [f"{label(name)} {first[name]}" for name in cell if name.startswith("variant_") and pd.notna(first[name])]
+    setting = [f"{label(name)} {first[name]:g}" if isinstance(first[name], float) else f"{label(name)} {first[name]}"
+               for name in cell if name.startswith("variant_") and pd.notna(first[name])]
     setting += [f"{label('nfe_per_image')} {first['nfe_per_image']:g}"] * (cell["nfe_per_image"].nunique() == 1)
     facts = {"seeds": ", ".join(str(seed) for seed in cell["seed"]), "n_seeds": len(cell), **counts, "level": level,
              "setting": (f"tier {first['tier']}", label(first["method"]), *setting), "runs": tuple(cell["run"])}
@@ -163,7 +164,7 @@ def _with_averages(lines: list[dict], keys: Sequence[str]) -> list[dict]:
     names = {keys[0]: f"mean of the {len(ran)} run", **dict.fromkeys(keys[1:], "")}
     return [*lines, _judge({**dict.fromkeys(_COMPARISON), **names, **_average(ran), "metric": ran[0]["metric"]})]
 
-# %% ../nbs/51_report.ipynb #49546a80
+# %% ../nbs/51_report.ipynb #6a31d1fb
 def _columns(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -199,9 +200,11 @@ def compare(receipts: pd.DataFrame, # from read_receipts, filtered to one experi
         line = _line(key, keys, known.get(key, {}), measured.get(key, {}), tolerance, reason)
         lines.append(line | {"metric": metric})
     lines = _with_averages(lines, keys) if average else lines
+    if published is None:  # nothing to compare with: no column will speak of a paper
+        lines = [{**line, "verdict": None} for line in lines]
     result = pd.DataFrame(lines, columns=[*keys, *_COMPARISON])
     result.attrs["recipe"] = {  # all that is needed to make this table again, see `rebuild`
-        "paper": published["paper"].iloc[0] if known else None, "table": tables[0], "metric": metric,
+        "paper": None if published is None else published["paper"].iloc[0], "table": tables[0], "metric": metric,
         "rows": _columns(rows), "columns": _columns(columns), "tolerance": tolerance, "list_missing": list_missing,
         "average": average, "level": level, "runs": sorted(run for cell in measured.values() for run in cell["runs"]),
         "not_run": (sorted([list(_columns(key)), text] for key, text in reasons.items()) if reasons
@@ -234,7 +237,7 @@ def _reader_line(line: dict) -> dict:
             "interval": f"[{line['low']:.3f}, {line['high']:.3f}]" if bounded else "–",
             "seeds": f"{line['seeds']}{spread}" if line["seeds"] else "–", "verdict": line["verdict"]}
 
-# %% ../nbs/51_report.ipynb #875a8c42
+# %% ../nbs/51_report.ipynb #f2f05791
 def present(table: pd.DataFrame) -> pd.DataFrame:
     """`table` as text for readers: a comparison in its six columns, any other table with three decimals."""
     if not is_comparison(table):
@@ -249,7 +252,8 @@ def present(table: pd.DataFrame) -> pd.DataFrame:
     lines = [{**{label(key): label(line[key]) for key in keys}, **_reader_line(line)}
              for line in plain.to_dict("records")]
     level = next((line for line in plain["level"] if line is not None), 0.95)
-    read = ("paper", "ours", "difference", "interval", "seeds", "verdict")
+    judged = table["verdict"].notna().any()
+    read = ("paper", "ours", "difference", "interval", "seeds", "verdict") if judged else ("ours", "interval", "seeds")
     shown = pd.DataFrame(lines, columns=[*map(label, keys), *read])
     return shown.rename(columns={"interval": f"{100 * level:g} % interval"})
 
@@ -616,7 +620,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #8c208c99
+# %% ../nbs/51_report.ipynb #bcb0e91c
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
@@ -626,6 +630,7 @@ def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>oodrepro: report</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <style>{_COLOURS}{_LAYOUT}</style>
 </head>
