@@ -59,7 +59,7 @@ def verdict(ours: float | None, # our mean; None if nothing was run
         return "inside interval"
     return "outside but within the stated tolerance" if abs(ours - paper) <= tolerance + rounding else "outside"
 
-# %% ../nbs/51_report.ipynb #74faa947
+# %% ../nbs/51_report.ipynb #8c561431
 def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
     """Raise `ValueError` if the receipts of a cell differ in anything but the seed, or repeat one."""
     where = ", ".join(f"{key} = {cell.iloc[0][key]}" for key in keys)
@@ -74,6 +74,21 @@ def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
                          f"{', '.join(cell['run'])}")
 
 
+def _drift(cell: pd.DataFrame) -> str:
+    """Which settings differ between the receipts of a cell, apart from the seed: a sign of runs from different days."""
+    stored = cell["settings"] if "settings" in cell else []
+    records = [settings if isinstance(settings, dict) else {} for settings in stored]
+    names = sorted({name for record in records for name in record} - {"seed", "seeds"})
+    return ", ".join(name for name in names if any(record.get(name) != records[0].get(name) for record in records))
+
+
+def _splits(receipt: pd.Series) -> str:
+    """What a reader must know if training and ID images are not a set's official train and test halves."""
+    train, test = receipt.get("train_split"), receipt.get("id_split")
+    usual = train in ("train", None) and test in ("test", None) or pd.isna(train) and pd.isna(test)
+    return "" if usual else f"{label(receipt['row_id'])}: trained on its split {train!r}, ID images from {test!r}"
+
+
 def _measured(cell: pd.DataFrame, metric: str, level: float) -> dict:
     """Mean, interval, spread and counts of one cell's receipts."""
     cell = cell.sort_values("seed")
@@ -83,7 +98,8 @@ def _measured(cell: pd.DataFrame, metric: str, level: float) -> dict:
                for name in cell if name.startswith("variant_") and pd.notna(first[name])]
     setting += [f"{label('nfe_per_image')} {first['nfe_per_image']:g}"] * (cell["nfe_per_image"].nunique() == 1)
     facts = {"seeds": ", ".join(str(seed) for seed in cell["seed"]), "n_seeds": len(cell), **counts, "level": level,
-             "setting": (f"tier {first['tier']}", label(first["method"]), *setting), "runs": tuple(cell["run"])}
+             "setting": (f"tier {first['tier']}", label(first["method"]), *setting), "runs": tuple(cell["run"]),
+             "drift": _drift(cell), "splits": _splits(first)}
     if metric in METRICS:
         scores = [load_scores(path) for path in cell["path"]]
         found = seeds_interval([(one["score"], one["is_ood"], one["index"]) for one in scores], metric, level=level)
@@ -93,10 +109,10 @@ def _measured(cell: pd.DataFrame, metric: str, level: float) -> dict:
     low, high = (found.low, found.high) if len(cell) > 1 else (None, None)  # one run has no interval of its own
     return {"ours": found.mean, "low": low, "high": high, "std": found.std, "method": "Student's t over seeds", **facts}
 
-# %% ../nbs/51_report.ipynb #f098caa8
+# %% ../nbs/51_report.ipynb #e2905e35
 _COMPARISON = ("paper", "ours", "difference", "low", "high", "std", "seeds", "n_seeds", "n_id", "n_ood", "verdict",
                "certainty", "source", "decimals", "tolerance", "tolerance_reason", "metric", "level", "method",
-               "setting", "runs")
+               "setting", "drift", "splits", "runs")
 
 
 def _published_cells(table: pd.DataFrame | None, name: str, metric: str, keys: Sequence[str]) -> dict[tuple, dict]:
@@ -271,7 +287,7 @@ def grid(table: pd.DataFrame, # from compare
     cells.columns = [f"OOD: {label(name)}" if column == "column_ood" else label(name) for name in cells.columns]
     return cells
 
-# %% ../nbs/51_report.ipynb #f2508164
+# %% ../nbs/51_report.ipynb #a0f6ea39
 _MEANING = MappingProxyType({
     "auroc": "AUROC, OOD is the positive class and a larger score means more OOD (the same with both exchanged)",
     "fpr95": "FPR95, OOD is the positive class: share of ID at or above the first threshold that 95 % of OOD reach",
@@ -314,6 +330,9 @@ def conventions(table: pd.DataFrame) -> list[str]:
         over = "; the spread over seeds is added by Student's t" if several and "t over" not in methods else ""
         lines += [f"Ours: {', '.join(common)}.", f"{_counts(ran, keys)}; seeds in the table, {spread}.",
                   f"Interval: {methods}{over}."]
+        drift = [f"{key[0]} {words}" for key, words in zip(ran[keys].itertuples(index=False), ran["drift"]) if words]
+        lines += [f"{words}." for words in dict.fromkeys(ran["splits"]) if words]
+        lines += [f"Beware: settings differ between seeds of one cell ({'; '.join(drift)})."] if drift else []
     judged = table[table["certainty"] == "published"]
     if len(judged):
         lines.append(f"Paper: {'; '.join(_sources(table, 'published'))}.")
@@ -512,13 +531,16 @@ footer { margin: 3rem 0 2rem; }
   .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; } }
 """
 
-# %% ../nbs/51_report.ipynb #11c00645
+# %% ../nbs/51_report.ipynb #fb7a99ca
 def _figures_html(folder: Path) -> str:
     """All svg figures of a folder with alternative text and provenance, embedded as data."""
     parts = []
     for path in sorted(folder.glob("*.svg")):
         beside = path.with_suffix(".json")
-        story = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        try:
+            story = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{beside} is not valid JSON ({error}); draw the figure again") from error
         alt = html.escape(story.get("alt") or f"Figure {path.stem}")
         origin = [f"{key} {value}" for key, value in sorted((story.get("provenance") or {}).items())
                   if isinstance(value, (str, int, float))]

@@ -61,7 +61,8 @@ def write(folder, cells, **facts):
     ({"certainty": "probably"}, "certainty 'probably'"), ({"value": None}, "unknown cells have null"),
     ({"value": 90.0}, "did you mean 0.9"), ({"value": "high"}, "value 'high'"), ({"value": True}, "value True"),
     ({"metric": "AUROC"}, "metric 'AUROC'"), ({"row": {"ood": "mnist"}}, "needs row"),
-    ({"column": "kmnist"}, "needs column"), ({"source": ""}, "empty source"), ({"convention": None}, "empty convention"),
+    ({"column": "kmnist"}, "needs column"), ({"source": ""}, "empty source"),
+    ({"convention": None}, "empty convention"),
     ({"pages": 3}, "unknown field 'pages'")])
 def test_a_bad_cell_is_named(tmp_path, change, words):
     write(tmp_path, [GOOD, {**GOOD, "table": "second", **change}])

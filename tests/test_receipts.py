@@ -149,7 +149,8 @@ def damage(path, fault):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("metric", "fpr95 is"), ("seed", "belong to a file named"), ("settings", "settings_hash"), ("counts", "n_ood is 21"),
+    ("metric", "fpr95 is"), ("seed", "belong to a file named"), ("settings", "settings_hash"),
+    ("counts", "n_ood is 21"),
     ("empty", "JSON"), ("list", "not a receipt"), ("no metrics", "metrics.auroc"),
     ("outside", "scores is missing or wrong"), ("scores missing", "missing; restore"), ("scores cut", "npz"),
     ("scores changed", "checksum differs"), ("pickle", "not a readable npz"), ("orphan", "without a receipt"),

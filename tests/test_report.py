@@ -15,7 +15,8 @@ from oodrepro.published import published
 COUNT = 60
 
 
-def write(root, row="mnist", column="kmnist", shift=2.5, seed=0, tier="laptop", table="table1", sampled=0, **variant):
+def write(root, row="mnist", column="kmnist", shift=2.5, seed=0, tier="laptop", table="table1", sampled=0, extra=None,
+          **variant):
     """A receipt of normal scores `shift` apart; seeds share their images, and those of `sampled` are others."""
     is_ood = np.repeat([False, True], COUNT)
     images = np.random.default_rng(sampled).normal(size=2 * COUNT) + shift * is_ood
@@ -23,7 +24,7 @@ def write(root, row="mnist", column="kmnist", shift=2.5, seed=0, tier="laptop", 
     return receipts.write_receipt(
         root / "results" / tier / "lmd", paper="lmd", tier=tier, table=table, row=row, column=column, method="lmd",
         variant={"steps": 20, **variant}, seed=seed, score=score, is_ood=is_ood, nfe_per_image=80, seconds=2.0,
-        index=np.r_[np.arange(COUNT), np.arange(COUNT)] + 1000 * sampled, settings={"steps": 20})
+        index=np.r_[np.arange(COUNT), np.arange(COUNT)] + 1000 * sampled, settings={"steps": 20}, extra=extra)
 
 
 @pytest.fixture
@@ -136,6 +137,9 @@ def test_conventions_name_what_a_reader_needs(root):
                   "‡ reported by others", "Yang et al.", "steps 20", "tier laptop",
                   "network evaluations per image 80"):
         assert words in text, words
+    write(root, "kmnist", "fashion_mnist", extra={"train_split": "test-a", "id_split": "test-b"})
+    text = "\n".join(report.conventions(report.compare(receipts.read_receipts(root))))
+    assert text.count("KMNIST: trained on its split 'test-a', ID images from 'test-b'.") == 1 and "CIFAR" not in text
     single = receipts.read_receipts(root)
     single = single[single["seed"] == 0]
     assert "one seed" in "\n".join(report.conventions(report.compare(single, metric="fpr95_id_positive")))
