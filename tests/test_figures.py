@@ -20,7 +20,8 @@ near, far = draw.normal(1, 1, 400) * (1 + tiny), draw.normal(2, 1, 300) * (1 + t
 flags = np.r_[np.zeros(400, bool), np.ones(300, bool)]
 made = {"histograms": figures.histograms({"id": near, "ood": far}),
         "roc": figures.roc_curves({"lmd": (np.r_[near, far], flags)}),
-        "curve": figures.curve_with_band([1, 2, 4], {"a": (near[:3], near[:3] - 1, near[:3] + 1), "b": far[:3]}, "x", "y"),
+        "curve": figures.curve_with_band([1, 2, 4], {"a": (near[:3], near[:3] - 1, near[:3] + 1), "b": far[:3]},
+                                         "x", "y"),
         "intervals": figures.intervals({"row": (near[0], near[0] - 1, near[0] + 1)}, "AUROC", {"row": 0.5}),
         "grid": figures.image_grid(np.tanh(draw.normal(size=(6, 1, 8, 8)) * (1 + tiny)), column_labels=list("abc"))}
 for name, figure in made.items():

@@ -1,0 +1,69 @@
+# Needs Python >= 3.10 and nothing else. `make help` lists what there is.
+PYTHON ?= python3
+VENV ?= .venv
+TIER ?= smoke
+SEEDS ?= 0
+ROOT ?= oodrepro-runs
+PAPERS ?= all
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# GNU timeout where there is one: nbdev_test has no limit of its own.
+TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout 900")
+
+# Nothing is read from or written to the home folder.
+export MPLCONFIGDIR := $(abspath $(VENV))/home/matplotlib
+export IPYTHONDIR := $(abspath $(VENV))/home/ipython
+export JUPYTER_CONFIG_DIR := $(abspath $(VENV))/home/jupyter
+export JUPYTER_RUNTIME_DIR := $(abspath $(VENV))/home/jupyter-runtime
+
+.PHONY: help env reproduce report lab sync lint nbtest test test-wheel clean distclean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TIER=$(TIER) SEEDS=$(SEEDS) ROOT=$(ROOT) PAPERS=$(PAPERS)"
+
+env: $(READY) ## make the virtual environment with the tested versions
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"oodrepro needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no ensurepip (on Debian: apt install python3-venv)"; exit 1; }
+	@echo "installing the tested versions into $(VENV) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@mkdir -p $(JUPYTER_RUNTIME_DIR)
+	@touch $(READY)
+
+reproduce: $(READY) ## all papers at tier smoke; e.g. make reproduce PAPERS=lmd TIER=laptop SEEDS=0-2
+	$(BIN)/oodrepro reproduce $(PAPERS) --tier $(TIER) --seeds $(SEEDS) --root $(ROOT)
+	@$(BIN)/oodrepro report --root $(ROOT)
+
+report: $(READY) ## one page from the receipts below ROOT; ROOT=. for the committed ones
+	@$(BIN)/oodrepro report --root $(ROOT)
+
+lab: $(READY) ## JupyterLab in nbs/
+	$(BIN)/jupyter lab nbs
+
+sync: $(READY) ## write the modules from the notebooks and clean the notebooks; before every commit
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+lint: $(READY) ## hygiene of notebooks and modules, nothing being changed
+	$(BIN)/python tests/guards.py
+	$(BIN)/ruff check --no-cache oodrepro tests setup.py
+
+nbtest: $(READY) ## run the library notebooks' own tests
+	OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^papers$$'
+
+test: lint nbtest ## everything: sync, hygiene, notebooks, headless papers, pytest
+	@$(BIN)/python -m pytest -q
+
+test-wheel: $(READY) ## the wheel in a new environment without nbdev, from an empty folder (downloads everything again)
+	OODREPRO_FRESH_ENVIRONMENT=1 $(BIN)/python -m pytest -q -s tests/test_install.py
+
+clean: ## remove builds and caches; results, runs and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove the environment
+	rm -rf $(VENV)
