@@ -50,7 +50,7 @@ class Paper:
         lines = [f"  {name} = {{{value}}}," for name, value in self.fields]
         return "\n".join([f"@{self.kind}{{{self.key},", *lines, "}"])
 
-# %% ../nbs/60_reproduce.ipynb #87ef4a89
+# %% ../nbs/60_reproduce.ipynb #3c40e072
 PAPERS = (
     Paper("ddpm_label_mixup", "1_ddpm_label_mixup.ipynb", "oodrepro.label_mixup", "wahd2024deep", "misc", (
         ("title", "Deep Metric Learning-Based Out-of-Distribution Detection with Synthetic Outlier Exposure"),
@@ -60,7 +60,7 @@ PAPERS = (
         ("title", "Enhancing {OOD} Detection Using Latent Diffusion"), ("author", "Gao, Heng and Li, Jun"),
         ("booktitle", "Proceedings of the International Conference on Multimedia Retrieval ({ICMR} '25)"),
         ("year", "2025"), ("doi", "10.1145/3731715.3733326"), ("eprint", "2406.16525"), ("archiveprefix", "arXiv"))),
-    Paper("lmd", "3_lmd.ipynb", "oodrepro.lift_map_detect", "liu2023unsupervised", "inproceedings", (
+    Paper("lmd", "3_lmd.ipynb", "oodrepro.lmd_study", "liu2023unsupervised", "inproceedings", (
         ("title", "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting"),
         ("author", "Liu, Zhenzhen and Zhou, Jin Peng and Wang, Yufan and Weinberger, Kilian Q."),
         ("booktitle", "Proceedings of the 40th International Conference on Machine Learning ({ICML})"),

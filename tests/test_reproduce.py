@@ -131,7 +131,7 @@ def test_a_module_may_offer_its_plan(books, monkeypatch, capsys):
         @staticmethod
         def plan(tier, seeds, root, data_root):
             return [f"stage train at {tier}: cached"]
-    monkeypatch.setattr(reproduce, "_module", lambda name: Module if name == "oodrepro.lift_map_detect" else None)
+    monkeypatch.setattr(reproduce, "_module", lambda name: Module if name == "oodrepro.lmd_study" else None)
     assert reproduce.main(["reproduce", "--dry-run"]) == 0
     assert "  stage train at smoke: cached" in capsys.readouterr().out.splitlines()
 
