@@ -138,7 +138,7 @@ def _line(key: tuple, keys: Sequence[str], known: dict, mine: dict, tolerance: f
             "difference": None if ours is None else ours - value, "verdict": word, "tolerance": allowed}
     return line | {name: known[name] for name in ("source", "decimals", "tolerance_reason") if name in known}
 
-# %% ../nbs/51_report.ipynb #f739faa2
+# %% ../nbs/51_report.ipynb #ce328b5e
 _MEAN = "mean of the values above"
 
 
@@ -180,7 +180,7 @@ def _with_averages(lines: list[dict], keys: Sequence[str]) -> list[dict]:
     names = {keys[0]: f"mean of the {len(ran)} run", **dict.fromkeys(keys[1:], "")}
     return [*lines, _judge({**dict.fromkeys(_COMPARISON), **names, **_average(ran), "metric": ran[0]["metric"]})]
 
-# %% ../nbs/51_report.ipynb #6a31d1fb
+# %% ../nbs/51_report.ipynb #728c7770
 def _columns(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -227,7 +227,7 @@ def compare(receipts: pd.DataFrame, # from read_receipts, filtered to one experi
                     else str(not_run or ""))}
     return result
 
-# %% ../nbs/51_report.ipynb #2863ffbb
+# %% ../nbs/51_report.ipynb #bf34151a
 _MARKS = MappingProxyType({"recalled": "†", "reported-by-others": "‡"})
 
 
@@ -253,7 +253,7 @@ def _reader_line(line: dict) -> dict:
             "interval": f"[{line['low']:.3f}, {line['high']:.3f}]" if bounded else "–",
             "seeds": f"{line['seeds']}{spread}" if line["seeds"] else "–", "verdict": line["verdict"]}
 
-# %% ../nbs/51_report.ipynb #f2f05791
+# %% ../nbs/51_report.ipynb #92eda222
 def present(table: pd.DataFrame) -> pd.DataFrame:
     """`table` as text for readers: a comparison in its six columns, any other table with three decimals."""
     if not is_comparison(table):
@@ -287,7 +287,7 @@ def grid(table: pd.DataFrame, # from compare
     cells.columns = [f"OOD: {label(name)}" if column == "column_ood" else label(name) for name in cells.columns]
     return cells
 
-# %% ../nbs/51_report.ipynb #a0f6ea39
+# %% ../nbs/51_report.ipynb #00e61021
 _MEANING = MappingProxyType({
     "auroc": "AUROC, OOD is the positive class and a larger score means more OOD (the same with both exchanged)",
     "fpr95": "FPR95, OOD is the positive class: share of ID at or above the first threshold that 95 % of OOD reach",
@@ -343,7 +343,7 @@ def conventions(table: pd.DataFrame) -> list[str]:
     return lines + [f"{mark} {certainty.replace('-', ' ')}, not judged: {'; '.join(_sources(table, certainty))}."
                     for certainty, mark in _MARKS.items() if _sources(table, certainty)]
 
-# %% ../nbs/51_report.ipynb #f9d3f753
+# %% ../nbs/51_report.ipynb #f7c70d12
 def _parts(table: pd.DataFrame, notes: Sequence[str] | None) -> tuple[pd.DataFrame, list[str], list[bool]]:
     """Texts, notes, and for each column whether it holds numbers."""
     shown = present(table)
@@ -386,7 +386,7 @@ def to_latex(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str
                   *(_latex(note) + r"\par" for note in notes), r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #b5fe6317
+# %% ../nbs/51_report.ipynb #be2a4a6f
 _KINDS = MappingProxyType({"inside": "inside", "near": "outside but", "outside": "outside", "none": "no verdict",
                            "not-run": "not run"})  # class in style sheets -> how the verdict begins
 
@@ -417,7 +417,7 @@ def to_html(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str 
         lines += ['<ul class="conventions">', *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     return "\n".join([*lines, "</section>"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #57978701
+# %% ../nbs/51_report.ipynb #77f660a6
 def _write_text(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -480,7 +480,7 @@ def check_tables(folder) -> list[str]:
             lines.append(f"{path}: is longer or shorter than the receipts give")
     return lines
 
-# %% ../nbs/51_report.ipynb #d83f5298
+# %% ../nbs/51_report.ipynb #c61fbf34
 _COLOURS = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #fff; --ink: #1d2530; --soft: #5c6673; --line: #dfe2e6;
   --accent: #0b5cad; --good: #17663a; --good-ground: #dff3e6; --near: #7a5200; --near-ground: #fdf0d0;
@@ -490,7 +490,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #196f0b3d
+# %% ../nbs/51_report.ipynb #e77af0d6
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -531,7 +531,7 @@ footer { margin: 3rem 0 2rem; }
   .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; } }
 """
 
-# %% ../nbs/51_report.ipynb #fb7a99ca
+# %% ../nbs/51_report.ipynb #a2f20eef
 def _figures_html(folder: Path) -> str:
     """All svg figures of a folder with alternative text and provenance, embedded as data."""
     parts = []
@@ -568,7 +568,7 @@ def _glance(tables: str) -> str:
     chips = [f'<span class="verdict {kind}">{n} {words[kind]}</span>' for kind, n in counts.items() if n]
     return " ".join(chips) or "–"
 
-# %% ../nbs/51_report.ipynb #85073d56
+# %% ../nbs/51_report.ipynb #d9ffce17
 def _duration(seconds: float) -> str:
     """Seconds as a reader says them."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -604,7 +604,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #75b5e7cf
+# %% ../nbs/51_report.ipynb #1499dd99
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -642,7 +642,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #bcb0e91c
+# %% ../nbs/51_report.ipynb #fce2d9b5
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
