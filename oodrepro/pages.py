@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['equation', 'with_equations', 'notebook_page', 'requests_of']
 
-# %% ../nbs/04_pages.ipynb #8ebbd0c8
+# %% ../nbs/04_pages.ipynb #90fffd50
 import base64
-import html
 import io
 import re
 from pathlib import Path
@@ -21,7 +20,7 @@ from nbconvert.exporters import HTMLExporter
 
 from .stages import atomic_path
 
-# %% ../nbs/04_pages.ipynb #19be59f6
+# %% ../nbs/04_pages.ipynb #6ab6ea15
 _REWRITES = ((r"\\tag\{(.*?)\}", r"\\qquad(\1)"), (r"\\text\{", r"\\mathrm{"), (r"\\boldsymbol\b", r"\\mathbf"),
              (r"\\[lr]Vert", r"\\Vert"), (r"\\[lr]vert", r"\\vert"), (r"\\(le|ge|ne)(?![A-Za-z])", r"\\\1q"),
              (r"\\[bB]igg?[lr]?(?![A-Za-z])", ""), (r"\\[td]frac", r"\\frac"),
@@ -39,6 +38,11 @@ def _rewritten(tex: str) -> list[str]:
     return [" ".join(line.split()) for line in re.split(r"\\\\", tex) if line.strip()]
 
 
+def _inert(tex: str) -> str:
+    """TeX that neither HTML nor Markdown (emphasis, table columns) takes for its own."""
+    return "".join(f"&#{ord(sign)};" if sign in "&<>\"'_*|`[]\\" else sign for sign in tex)
+
+
 def equation(tex: str) -> str: # without the dollar signs
     """An HTML image of an equation, its TeX as alternative text; the TeX itself if it cannot be drawn."""
     size, images = 12.0, []
@@ -49,10 +53,10 @@ def equation(tex: str) -> str: # without the dollar signs
                 _, height, depth, *_ = MathTextParser("path").parse(f"${line}$", 72, font)
                 math_to_image(f"${line}$", buffer, prop=font, dpi=72, format="svg")
                 data = base64.b64encode(re.sub(rb"<metadata>.*?</metadata>\s*", b"", buffer.getvalue(), flags=re.S))
-                images.append(f'<img class="equation" alt="{html.escape(line)}" style="height:{height / size:.3f}em;'
+                images.append(f'<img class="equation" alt="{_inert(line)}" style="height:{height / size:.3f}em;'
                               f'vertical-align:{-depth / size:.3f}em" src="data:image/svg+xml;base64,{data.decode()}">')
     except (ValueError, RuntimeError):
-        return f'<code class="equation">{html.escape(tex.strip())}</code>'
+        return f'<code class="equation">{_inert(tex.strip())}</code>'
     return "<br>".join(images)
 
 # %% ../nbs/04_pages.ipynb #bdb1a98d
@@ -70,7 +74,7 @@ def with_equations(markdown: str) -> str:
         return equation(match["inline"])
     return _MATHS.sub(drawn, markdown)
 
-# %% ../nbs/04_pages.ipynb #5400075a
+# %% ../nbs/04_pages.ipynb #45b6d4bf
 _TEMPLATE = """{%- extends 'index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
@@ -78,10 +82,21 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_css -%}
 <style>
+.jp-RenderedImage img {height: auto;}
 body.jp-Notebook {max-width: 62rem; margin: 0 auto; padding: 1rem;}
 img {max-width: 100%;} .jp-OutputArea-output {overflow-x: auto;}
 img.equation {max-width: none;} div.equation {text-align: center; margin: 1em 0; overflow-x: auto;}
 </style>
+{%- endblock -%}
+{%- block data_png scoped -%}
+<div class="jp-RenderedImage jp-OutputArea-output {{ extra_class }}">
+<img src="data:image/png;base64,{{ output.data['image/png'] | e }}"
+{%- for key in ('width', 'height', 'alt') -%}
+{%- set value = output | get_metadata(key, 'image/png') -%}
+{%- if value %} {{ key }}="{{ value | e }}"{% endif -%}
+{%- endfor -%}
+>
+</div>
 {%- endblock -%}
 """
 
