@@ -13,6 +13,7 @@ import pytest
 from oodrepro import reproduce
 from oodrepro.pages import requests_of
 
+ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = 'tier = "smoke"\nseeds = [0]\nroot = ""\ndata_root = ""\nforce = []'
 WORK = """from pathlib import Path
 from oodrepro.stages import Stages
@@ -204,8 +205,7 @@ def test_check_and_data_hand_over(tmp_path, monkeypatch, capsys):
 def test_every_paper_is_cited_in_the_repository():
     """CITATION.cff names the same titles and identifiers as `oodrepro cite`."""
     import yaml
-    path = Path(__file__).parent.parent / "CITATION.cff"
-    citation = yaml.safe_load(path.read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
     references = {item["title"]: item for item in citation["references"]}
     for paper in reproduce.PAPERS:
@@ -214,3 +214,9 @@ def test_every_paper_is_cited_in_the_repository():
         assert fields["eprint"] in json.dumps(reference)
         assert [name.split(",")[0] for name in fields["author"].split(" and ")] \
             == [author["family-names"] for author in reference["authors"]]
+        facts = ROOT / "oodrepro" / "published" / f"{paper.name}.yaml"
+        if facts.is_file():
+            known = yaml.safe_load(facts.read_text())
+            assert known["title"] == paper.title and fields["year"] in known["venue"]
+            assert known["authors"].split(", ") == [" ".join(reversed(name.split(", ")))
+                                                    for name in fields["author"].split(" and ")]
