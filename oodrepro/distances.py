@@ -94,7 +94,7 @@ def denoiser_features(denoiser: Denoiser, level: float = 0.1) -> Callable:
 
     return extract
 
-# %% ../nbs/22_distances.ipynb #7659430b
+# %% ../nbs/22_distances.ipynb #19c5b526
 _BGR_MEANS = (103.939, 116.779, 123.68)
 _FIRES = {2: False, 3: True, 4: False, 5: True, 6: False, 7: False, 8: False, 9: True}  # module: end of its group
 
@@ -127,7 +127,8 @@ def squeezenet_features(weights: Path | str, side: int = 64) -> Callable:
         x = F.max_pool2d(x, 3, 2)
         for number, ends in _FIRES.items():
             x = convolve(x, f"fire{number}.squeeze1x1")
-            x = torch.cat([convolve(x, f"fire{number}.expand1x1"), convolve(x, f"fire{number}.expand3x3", padding=1)], 1)
+            x = torch.cat([convolve(x, f"fire{number}.expand1x1"),
+                           convolve(x, f"fire{number}.expand3x3", padding=1)], 1)
             if ends:
                 kept.append(x)
                 x = F.max_pool2d(x, 3, 2) if number < 9 else x
@@ -135,9 +136,9 @@ def squeezenet_features(weights: Path | str, side: int = 64) -> Callable:
 
     return extract
 
-# %% ../nbs/22_distances.ipynb #92b9e393
+# %% ../nbs/22_distances.ipynb #0e260101
 def lpips_alex(device="cpu") -> Callable:
-    """LPIPS v0.1 with AlexNet (Zhang et al. 2018), the LMD paper's distance; grey images are repeated to three channels."""
+    """LPIPS v0.1 with AlexNet (Zhang et al. 2018), the LMD paper's distance; grey images become three channels."""
     try:
         import lpips
     except Exception as problem:  # torchvision beside a CPU build of torch fails with more than ImportError

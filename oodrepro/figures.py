@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GREY', 'style', 'Picture', 'round_data', 'save', 'image_grid', 'histograms', 'roc_curves',
-           'curve_with_band', 'intervals']
+           'curve_with_band', 'intervals', 'quality_against_price']
 
 # %% ../nbs/02_figures.ipynb #955e5aea
 import hashlib
@@ -326,4 +326,30 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], # {label: (value, 
         axes.text(0, s="\u25cf ours, with interval", color=PALETTE[0], **heading)
         if references:
             axes.text(1, s=f"\u25c7 {reference_name}", color=PALETTE[1], ha="right", **heading)
+    return figure
+
+# %% ../nbs/02_figures.ipynb #f946c416
+def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(price, value, low, high), ...]}
+                          xlabel: str, ylabel: str) -> Figure: # say units and direction
+    """Values with intervals over a logarithmic price, one line per name, named at its right end."""
+    if not groups or any(len(points) == 0 for points in groups.values()):
+        raise ValueError("quality_against_price needs at least one point per name")
+    with style():
+        figure = Picture(6.4, 3.4)
+        axes = figure.add_subplot()
+        for number, (name, points) in enumerate(groups.items()):
+            price, value, low, high = (_finite(name, column) for column in zip(*sorted(points)))
+            if (price <= 0).any():
+                raise ValueError(f"{name}: prices must be positive on a logarithmic axis")
+            colour, places = PALETTE[number % len(PALETTE)], round_data(price * 1.012**number)  # side by side, not atop
+            axes.errorbar(places, value, [np.maximum(value - low, 0), np.maximum(high - value, 0)], color=colour, marker="o",
+                          markersize=4, linewidth=1.4, elinewidth=1, capsize=0)
+            axes.annotate(name, (places[-1], value[-1]), xytext=(6, 0), textcoords="offset points", color=colour,
+                          va="center", fontweight="bold")
+        prices = sorted({float(point[0]) for points in groups.values() for point in points})
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+        axes.margins(x=0.12)
+        if len(prices) <= 8:
+            axes.set_xticks(prices, [f"{price:g}" for price in prices])
+            axes.minorticks_off()
     return figure

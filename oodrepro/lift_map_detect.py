@@ -24,7 +24,7 @@ from .sampling import inpaint, network_evaluations
 from .settings import derive_seed
 from .stages import progress
 
-# %% ../nbs/43_lift_map_detect.ipynb #19ffc077
+# %% ../nbs/43_lift_map_detect.ipynb #5b9c2c58
 MASKS = ("checkerboard_alt", "checkerboard", "center", "random")
 
 
@@ -45,7 +45,8 @@ def center(side: int) -> torch.Tensor:
     return mask
 
 
-def random_mask(side: int, patch: int = 4, hidden: float = 0.5, seed: int = 0, as_released: bool = False) -> torch.Tensor:
+def random_mask(side: int, patch: int = 4, hidden: float = 0.5, seed: int = 0,
+                as_released: bool = False) -> torch.Tensor:
     """(side, side) float mask, 1 = known: ceil(hidden * tokens) tokens of patch x patch pixels are hidden.
 
     `seed` goes to numpy's legacy generator, as in SimMIM; `as_released` swaps known and hidden, as the LMD code does.
@@ -73,7 +74,7 @@ def mask_of_repetition(kind: str, side: int, repetition: int, blocks: int = 8, p
         return random_mask(side, patch, hidden, derive_seed(seed, "random mask", repetition))
     raise ValueError(f"unknown mask {kind!r}; known: {', '.join(MASKS)}")
 
-# %% ../nbs/43_lift_map_detect.ipynb #ca6a51c6
+# %% ../nbs/43_lift_map_detect.ipynb #a89f2da9
 def check_images(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """Return `images` if they are finite float (n, *shape) in [-1, 1]; else raise `ValueError` saying what to do."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
@@ -93,10 +94,11 @@ def check_images(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Ten
         raise ValueError(f"images must lie in [-1, 1], got {low:.3g} to {high:.3g}; "
                          "for uint8 arrays use oodrepro.datasets.to_unit")
     if low >= 0 and len(images) > 8:
-        warnings.warn(f"images range from {low:.3g} to {high:.3g}: are they in [0, 1]? [-1, 1] is expected", stacklevel=3)
+        warnings.warn(f"images range from {low:.3g} to {high:.3g}: are they in [0, 1]? [-1, 1] is expected",
+                      stacklevel=3)
     return images
 
-# %% ../nbs/43_lift_map_detect.ipynb #6952b08f
+# %% ../nbs/43_lift_map_detect.ipynb #e12982b4
 @dataclass
 class Explanation:
     """One image on its way through LMD; images (c, h, w) in [-1, 1], one of each per repetition in the lists."""
@@ -117,9 +119,10 @@ class Explanation:
             labels += [f"masked {number}", f"inpainted {number}"]
         top = self.distance_map / self.distance_map.max().clamp(min=1e-8)
         shown.append((2 * top - 1).expand(self.original.shape))
-        return image_grid(torch.stack(shown), row_labels=[f"score {self.score:.3g}"], column_labels=[*labels, "distance"])
+        return image_grid(torch.stack(shown), row_labels=[f"score {self.score:.3g}"],
+                          column_labels=[*labels, "distance"])
 
-# %% ../nbs/43_lift_map_detect.ipynb #849def4b
+# %% ../nbs/43_lift_map_detect.ipynb #4194fabd
 class LiftMapDetect:
     """Lift, Map, Detect (Liu et al. 2023, arXiv 2302.10326), algorithm 2.
 
@@ -171,7 +174,8 @@ class LiftMapDetect:
                                    self.steps, seeds))
         return torch.cat(painted).view(self.repeats, *images.shape)
 
-    def measure(self, images: torch.Tensor, distances: dict[str, Callable], desc: str = "LMD") -> dict[str, torch.Tensor]:
+    def measure(self, images: torch.Tensor, distances: dict[str, Callable],
+                desc: str = "LMD") -> dict[str, torch.Tensor]:
         """Distances of every repetition, {name: (n, repeats)}, by several functions on the same inpaintings.
 
         Inpaintings live for one chunk of images only, so memory does not grow with n.
