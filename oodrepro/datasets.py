@@ -248,7 +248,7 @@ def _svhn_layouts(entry: SetInfo, part: str, folders: list[Path], size: int):
         path = folder / f"{part}_32x32.mat"
         yield Layout("MATLAB", (path,), lambda path=path: dict(zip(("images", "labels"), read_svhn(path))))
 
-# %% ../nbs/10_datasets.ipynb #3d9e2d4b
+# %% ../nbs/10_datasets.ipynb #47178711
 def _joined(batches) -> dict:
     """Several batches of (images, fields) one after another."""
     images, fields = zip(*batches)
@@ -285,7 +285,7 @@ def _cifar_layouts(entry: SetInfo, part: str, folders: list[Path], size: int):
                          lambda path=path, files=files, read=read: _read_cifar_archive(path, files, read))
         yield from _packed_layouts([folder / f"{part}.zip", *sorted(folder.glob(f"{part}_*.zip"))])
 
-# %% ../nbs/10_datasets.ipynb #7b4b2d7d
+# %% ../nbs/10_datasets.ipynb #0b99f8aa
 def _read_packed(path: Path) -> dict:
     """A packed-strip file: its `label` and `orig_index`, and every other array with one row an image."""
     images, arrays, meta = read_strips(path)
@@ -311,7 +311,7 @@ def _texture_layouts(entry: SetInfo, part: str, folders: list[Path], size: int):
             yield Layout("image files", (path,), lambda path=path: read(path))
         yield from _packed_layouts([folder / f"dtd10_{size}px.zip"])
 
-# %% ../nbs/10_datasets.ipynb #f6eb7078
+# %% ../nbs/10_datasets.ipynb #dac50b65
 def _read_jpeg_npz(path: Path, size: int) -> dict:
     """Encoded images one after another in an .npz: `data`, `offset`, `label`, and arrays with one row an image."""
     arrays = read_arrays(path)
@@ -344,7 +344,7 @@ def _read_tinyimagenet(path: Path, part: str, size: int) -> dict:
     images = [decode_image(found[name], f"{path}: {name}", size, "squash") for name in names]
     return {"images": same_shape(images, names), "labels": labels, "classes": tuple(order)}
 
-
+# %% ../nbs/10_datasets.ipynb #3f82712e
 def _tinyimagenet_layouts(entry: SetInfo, part: str, folders: list[Path], size: int):
     for folder in folders:
         for path in (folder / "tiny-imagenet-200", folder / "tiny-imagenet-200.zip"):
@@ -352,7 +352,7 @@ def _tinyimagenet_layouts(entry: SetInfo, part: str, folders: list[Path], size: 
         path = folder / f"{part}_jpeg.npz"
         yield Layout("packed JPEG", (path,), lambda path=path: _read_jpeg_npz(path, size), complete=False)
 
-# %% ../nbs/10_datasets.ipynb #3230c96b
+# %% ../nbs/10_datasets.ipynb #dc2151a5
 def _read_gtsrb_test(images: Path, table: Path, size: int) -> dict:
     """Test frames in the order of the official table, as folder and csv or as the two zips."""
     texts = [file_bytes(table)] if table.suffix == ".csv" else [
@@ -387,7 +387,7 @@ def _gtsrb_layouts(entry: SetInfo, part: str, folders: list[Path], size: int):
         if size == 32:
             yield from _packed_layouts([folder / f"{part}.zip"])
 
-# %% ../nbs/10_datasets.ipynb #3a2d85ac
+# %% ../nbs/10_datasets.ipynb #cdb1726b
 def _layouts(entry: SetInfo, part: str, root: Path, size: int):
     makers = {"svhn": _svhn_layouts, "tinyimagenet": _tinyimagenet_layouts, "textures": _texture_layouts,
               "gtsrb": _gtsrb_layouts, "cifar10": _cifar_layouts, "cifar100": _cifar_layouts}
@@ -417,7 +417,7 @@ def find(name: str, split: str | None = None, root=None, size: int | None = None
         f"\ninto {data_root(root) / name}, or run `oodrepro data get {name}`. Another place is chosen by root= or by "
         "the environment variable OODREPRO_DATA.")
 
-# %% ../nbs/10_datasets.ipynb #d4e0254b
+# %% ../nbs/10_datasets.ipynb #a6557f46
 def _published(name: str, split: str, root, size: int | None) -> ImageSet:
     """One official split of a published set."""
     entry = info(name)
@@ -442,7 +442,8 @@ def _openood(name: str, split: str, root, size: int | None) -> ImageSet:
     whole = _published(name, info(name).default_split, root, size)
     lists = sorted(key for key in whole.extra if key.startswith("openood"))
     if column not in lists or wanted is None:
-        raise ValueError(f"{name}: no list for {split!r}; this copy ({whole.source}) marks {', '.join(lists) or 'none'}")
+        raise ValueError(f"{name}: no list for {split!r}; "
+                         f"this copy ({whole.source}) marks {', '.join(lists) or 'none'}")
     return replace(whole.take(whole.extra[column] == wanted), split=split)
 
 
@@ -453,7 +454,7 @@ def _held_out(whole: ImageSet, split: str) -> ImageSet:
     chosen = order[:fifth] if split == "test_heldout" else order[fifth:]
     return replace(whole.take(np.sort(chosen)), split=split)
 
-# %% ../nbs/10_datasets.ipynb #810f300b
+# %% ../nbs/10_datasets.ipynb #9ab025a5
 def load(name: str, split: str = "test", root=None, size: int | None = None) -> ImageSet:
     """The images of a split of an embedded or published set.
 
@@ -478,7 +479,7 @@ def load(name: str, split: str = "test", root=None, size: int | None = None) -> 
         return _openood(name, split, root, size)
     return _published(name, split, root, size)
 
-# %% ../nbs/10_datasets.ipynb #c7aa48cf
+# %% ../nbs/10_datasets.ipynb #a1d18216
 def load_path(path, name: str | None = None, size: int | None = None, fit: str = "crop",
               on_error: str = "raise") -> ImageSet:
     """An ImageSet from a path of your own; for `size`, `fit` and `on_error` see `formats.read_images`."""
@@ -499,7 +500,7 @@ def load_path(path, name: str | None = None, size: int | None = None, fit: str =
     labels, classes = labels_from_folders(names)
     return ImageSet(images, labels, name=name, classes=classes, extra={"file": np.array(names)}, source=path.name)
 
-# %% ../nbs/10_datasets.ipynb #0eb44f11
+# %% ../nbs/10_datasets.ipynb #c014af5b
 def _present(entry: SetInfo, root: Path, name: str) -> Path | None:
     """The first place where a file of the set lies, gunzipped copies included."""
     for folder in (root / entry.name, *(root / inner for inner in entry.folders), root):
@@ -535,7 +536,7 @@ def where(name: str, root=None) -> pd.DataFrame:
                           "checksum": file.checksum, "put into": str(base / name),
                           "found": str(_present(entry, base, file.name) or "-")} for file in entry.files])
 
-# %% ../nbs/10_datasets.ipynb #8ed8b88b
+# %% ../nbs/10_datasets.ipynb #2e85bdf0
 def _digest(path: Path, algorithm: str) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _chunked(
@@ -565,7 +566,7 @@ def _verdict(path: Path, md5: str | None, content_sha256: str | None = None) -> 
         return "unknown", f"no checksum is published; sha256 {_digest(path, 'sha256')}"
     return "WRONG", f"md5 {found} instead of {md5}: damaged, cut off or another file; fetch it again"
 
-
+# %% ../nbs/10_datasets.ipynb #dd29c356
 def verify(name: str, root=None) -> pd.DataFrame:
     """Check every file of a set against its checksum; columns file, status, detail, path.
 
@@ -589,7 +590,7 @@ def verify(name: str, root=None) -> pd.DataFrame:
                          "detail": f"sha256 {found}" + ("" if same else "; not the copy this project's numbers used")})
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_datasets.ipynb #e970b501
+# %% ../nbs/10_datasets.ipynb #6d95c648
 def _request(address: str, part: Path, timeout: float, log) -> None:
     """Append what is missing of `address` to `part`; starts anew if the server cannot continue."""
     start = part.stat().st_size if part.exists() else 0
@@ -615,7 +616,7 @@ def _request(address: str, part: Path, timeout: float, log) -> None:
     if received < length:
         raise ConnectionError(f"{address}: the connection ended after {received} of {length} bytes")
 
-
+# %% ../nbs/10_datasets.ipynb #a6bfad35
 def fetch(address: str, path, md5: str | None = None, attempts: int = 3, timeout: float = 60, log=print) -> Path:
     """Download `address` to `path`, resuming what an earlier call left; `path` exists only when it is verified."""
     path = Path(path)
@@ -642,7 +643,7 @@ def fetch(address: str, path, md5: str | None = None, attempts: int = 3, timeout
     os.replace(part, path)
     return path
 
-
+# %% ../nbs/10_datasets.ipynb #71872f0b
 def get(name: str, split: str | None = None, root=None, log=print) -> list[Path]:
     """Fetch the official files of a set (or of one split) that are not there yet, verified; returns their paths."""
     entry, base, paths = info(name), data_root(root), []

@@ -26,9 +26,9 @@ from PIL import Image
 
 from .stages import atomic_path
 
-# %% ../nbs/09_formats.ipynb #1e915ec9
+# %% ../nbs/09_formats.ipynb #e8637477
 def file_bytes(path, content: bytes | None = None) -> bytes:
-    """The bytes of `path` (or `content`), gunzipped if they are gzip; `ValueError` for a corrupt or cut-off gzip file."""
+    """The bytes of `path` (or `content`), gunzipped if they are gzip; `ValueError` for corrupt or cut-off gzip."""
     content = Path(path).read_bytes() if content is None else content
     if content[:2] != b"\x1f\x8b":
         return content

@@ -78,7 +78,7 @@ def _auroc(low: np.ndarray, high: np.ndarray) -> float:
     ranks = rankdata(np.concatenate([high, low]))[:len(high)]
     return float((ranks.mean() - (len(high) + 1) / 2) / len(low))
 
-# %% ../nbs/11_suites.ipynb #cd7e3d29
+# %% ../nbs/11_suites.ipynb #40b44f18
 @dataclass(frozen=True)
 class Traces:
     """Low-level traces of one set; see the text above for what they mean."""
@@ -97,7 +97,7 @@ class Traces:
             return "smoothed"
         return "aliased" if self.fine > 0.25 and self.white < 0.6 else ""
 
-
+# %% ../nbs/11_suites.ipynb #4c8e295e
 def _repeated(images: np.ndarray) -> float:
     """Largest share, over neighbouring columns, of equal pixels among those that are neither black nor white."""
     extreme = ((images == 0) | (images == 255)).all(-1)
@@ -136,7 +136,7 @@ def traces(images: np.ndarray) -> Traces:
     return Traces(min(_repeated(images), _repeated(images.transpose(0, 2, 1, 3))), float(fine / max(coarse, 1e-9)),
                   min(_beat(across), _beat(down)), float(coarse / contrast))
 
-# %% ../nbs/11_suites.ipynb #e3c69a2c
+# %% ../nbs/11_suites.ipynb #ffb39d43
 class ResizeWarning(UserWarning):
     """One side of a comparison was resized and the other was not."""
 
@@ -172,7 +172,7 @@ def _shrunk(images: np.ndarray, size: int) -> np.ndarray:
     scale = size / min(height, width)
     return _resized(images, max(1, round(height * scale)), max(1, round(width * scale)))
 
-# %% ../nbs/11_suites.ipynb #5d9b90f4
+# %% ../nbs/11_suites.ipynb #329de41f
 def resize_guard(first, second, warn: bool = True, sample: int = 400, seed: int = 0) -> Finding:
     """Look whether one of two sets was resized and the other was not; warns with the remedy unless `warn=False`.
 
@@ -192,17 +192,17 @@ def resize_guard(first, second, warn: bool = True, sample: int = 400, seed: int 
         warnings.warn(finding.message, ResizeWarning, stacklevel=2)
     return finding
 
-
+# %% ../nbs/11_suites.ipynb #5cdfba7b
 def _compare_shapes(first: ImageSet, second: ImageSet, names: list[str]) -> Finding | None:
     shapes = [part.images.shape[1:] for part in (first, second)]
     if shapes[0][:2] != shapes[1][:2]:
         low = min(*shapes[0][:2], *shapes[1][:2])
         return Finding(True, f"{names[0]} is {shapes[0][1]} x {shapes[0][0]} and {names[1]} {shapes[1][1]} x "
                              f"{shapes[1][0]} pixels. Resizing one of them alone leaves a trace that a detector can win "
-                             f"on; use harmonise(first, second) to treat both alike", "size", names[1], low)
+                             "on; use harmonise(first, second) to treat both alike", "size", names[1], low)
     if shapes[0][2] != shapes[1][2]:
-        return Finding(True, f"{names[0]} has {shapes[0][2]} channel(s) and {names[1]} {shapes[1][2]}; colour alone tells "
-                             "them apart. harmonise(first, second) brings them to one form", "channels", names[1])
+        return Finding(True, f"{names[0]} has {shapes[0][2]} channel(s) and {names[1]} {shapes[1][2]}; colour alone "
+                             "tells them apart. harmonise(first, second) brings them to one form", "channels", names[1])
     return None
 
 
@@ -218,12 +218,14 @@ def _compare_traces(images: list[np.ndarray], names: list[str], size: int) -> Fi
     what = {"repeated": "repeats pixels at fixed places, as nearest-neighbour enlarging does",
             "smoothed": "lacks fine detail, as enlarged images do",
             "aliased": "has more fine detail than a smoothed reduction leaves, as careless shrinking does"}[kind]
-    return Finding(True, f"{side} {what}, and {names[1] if side == names[0] else names[0]} does not. Fine detail alone "
-                         f"separates them with AUROC {auroc:.3f}, whatever the images show. Use harmonise(first, second, "
-                         f"low={low}), which shrinks both sides to {low} pixels and enlarges both alike",
+    other = names[1] if side == names[0] else names[0]
+    return Finding(True, f"{side} {what}, and {other} does not. Fine detail alone separates them with AUROC "
+                         f"{auroc:.3f}, whatever the images show. Make both anew by one pipeline, or use "
+                         f"harmonise(first, second, low={low}), which shrinks both sides to {low} pixels and enlarges "
+                         "both alike",
                    kind, side, low, auroc, *found)
 
-
+# %% ../nbs/11_suites.ipynb #01cfa8bf
 def _quiet_size(images: list[np.ndarray], size: int) -> int:
     """The largest of some sizes such that shrinking both sides to it and enlarging again leaves `fine_share` no more to
     tell them apart by than a quarter of the size does, where only content is left."""
@@ -242,7 +244,7 @@ def _quiet_size(images: list[np.ndarray], size: int) -> int:
             return low
     return floor
 
-# %% ../nbs/11_suites.ipynb #d3062f39
+# %% ../nbs/11_suites.ipynb #80775cd7
 def harmonise(first, *others, low: int | None = None, size: int | None = None) -> list[ImageSet]:
     """Treat all sets alike: shrink each to `low` pixels, enlarge each to `size`, and use one number of channels.
 
@@ -264,7 +266,7 @@ def harmonise(first, *others, low: int | None = None, size: int | None = None) -
     channels = sets[0].images.shape[-1]
     return [to_channels(resize(resize(part, low), size), channels) for part in sets]
 
-# %% ../nbs/11_suites.ipynb #f64b27a9
+# %% ../nbs/11_suites.ipynb #aadb433f
 def _image_hashes(images: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images]
 
@@ -289,7 +291,7 @@ def _named(group, root) -> dict[str, ImageSet]:
         group = dict(items)
     return {str(name): replace(_opened(source, str(name), root), name=str(name)) for name, source in group.items()}
 
-# %% ../nbs/11_suites.ipynb #a61c86f6
+# %% ../nbs/11_suites.ipynb #268dc2eb
 class Suite:
     """An in-distribution set with near and far OOD sets, checked when made.
 
@@ -311,12 +313,14 @@ class Suite:
         for name, part in self.ood.items():
             copies = sum(found in known for found in _image_hashes(part.images))
             if part.content == self.id.content or copies > len(part) / 2:
-                raise ValueError(f"{name} equals the ID set {self.id.name}: {copies} of its {len(part)} images are ID images")
+                raise ValueError(f"{name} equals the ID set {self.id.name}: "
+                                 f"{copies} of its {len(part)} images are ID images")
             if copies:
                 warnings.warn(f"{name}: {copies} of {len(part)} images are exact copies of images of {self.id.name}",
                               stacklevel=2)
             self.copies[name] = copies
-        self.findings = {name: resize_guard(self.id, part, warn=False) for name, part in self.ood.items()} if guard else {}
+        guarded = self.ood.items() if guard else ()
+        self.findings = {name: resize_guard(self.id, part, warn=False) for name, part in guarded}
         for finding in self.findings.values():
             if finding.alarm:
                 warnings.warn(finding.message, ResizeWarning, stacklevel=2)
@@ -339,7 +343,8 @@ class Suite:
 
     def subset(self, n: int, seed: int = 0):
         """The suite with at most `n` seeded random images of each set."""
-        return self._changed({part.name: subset(part, min(n, len(part)), seed) for part in (self.id, *self.ood.values())})
+        parts = (self.id, *self.ood.values())
+        return self._changed({part.name: subset(part, min(n, len(part)), seed) for part in parts})
 
     def harmonised(self, low: int | None = None, size: int | None = None):
         """The suite with all sets treated alike; see `harmonise`."""
@@ -352,9 +357,11 @@ class Suite:
         for name, part in {self.id.name: self.id, **self.ood}.items():
             count, height, width, channels = part.images.shape
             finding = self.findings.get(name)
-            rows.append({"set": name, "group": "id" if part is self.id else self.group(name), "split": part.split,
-                         "images": count, **({"listed": self.listed.get(name, "-")} if self.listed else {}), "pixels": f"{width} x {height} x {channels}",
-                         "ID copies": self.copies.get(name, 0),
+            group = "id" if part is self.id else self.group(name)
+            row = {"set": name, "group": group, "split": part.split, "images": count}
+            if self.listed:
+                row["listed"] = self.listed.get(name, "-")
+            rows.append({**row, "pixels": f"{width} x {height} x {channels}", "ID copies": self.copies.get(name, 0),
                          "resizing": "-" if finding is None else finding.kind or "alike"})
         return pd.DataFrame(rows)
 
@@ -364,7 +371,7 @@ class Suite:
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False)
 
-# %% ../nbs/11_suites.ipynb #f94b582d
+# %% ../nbs/11_suites.ipynb #93a06c8b
 _OPENOOD = {
     "cifar10": (9000, {"cifar100": ("openood_test", 9000), "tinyimagenet": ("openood_cifar10_test", 7793)}),
     "cifar100": (9000, {"cifar10": ("openood_test", 9000), "tinyimagenet": ("openood_cifar100_test", 6526)})}
@@ -372,7 +379,7 @@ _OPENOOD_FAR = {"mnist": ("train and test", 70000), "svhn": ("test", 26032), "te
 
 
 def openood_suite(id: str, root=None, guard: bool = True) -> Suite:
-    """OpenOOD v1.5's suite for `cifar10` or `cifar100` at 32 x 32 in colour; missing sets are warned of and left out."""
+    """OpenOOD v1.5's suite for `cifar10` or `cifar100`, 32 x 32 in colour; leaves out missing sets with a warning."""
     if id not in _OPENOOD:
         raise ValueError(f"OpenOOD's suites here are {', '.join(_OPENOOD)}; not {id!r}")
     count, near = _OPENOOD[id]
@@ -388,6 +395,7 @@ def openood_suite(id: str, root=None, guard: bool = True) -> Suite:
             parts[name] = to_channels(resize(found, 32), 3)
             listed[name] = images
         except (FileNotFoundError, ValueError) as error:
-            warnings.warn(f"{name} is left out of OpenOOD's suite for {id}: {str(error).splitlines()[0]}", stacklevel=2)
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"{name} is left out of OpenOOD's suite for {id}: {reason}", stacklevel=2)
     return Suite(load(id, "openood_test", root), {name: parts[name] for name in near if name in parts},
                  {name: parts[name] for name in _OPENOOD_FAR if name in parts}, guard=guard, listed=listed)

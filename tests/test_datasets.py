@@ -51,7 +51,7 @@ def test_embedded_sets_are_as_they_were(name):
     found = load(name)
     assert found.images.shape == ((500 if name == "digits" else 600), 8, 8, 1) and found.images.dtype == np.uint8
     # Another processor may round a sample point on an outline to the other side; more than that is a change.
-    assert (found.images[:len(stored)] == stored).mean() > 0.998
+    assert (found.images[: len(stored)] == stored).mean() > 0.998
     assert set(np.unique(found.images)) <= set(np.rint(np.arange(17) * 255 / 16).astype(int))
 
 
@@ -68,7 +68,9 @@ def test_digit_splits_are_disjoint_and_cover_the_set():
     train, test, whole = (load("digits", part) for part in ("train", "test", "all"))
     assert (len(train), len(test), len(whole)) == (1297, 500, 1797)
     assert sorted([*train.index, *test.index]) == list(range(1797))
-    assert np.array_equal(whole.images[test.index], test.images) and np.array_equal(whole.labels[test.index], test.labels)
+    assert np.array_equal(whole.images[test.index], test.images) and np.array_equal(
+        whole.labels[test.index], test.labels
+    )
 
 
 @pytest.mark.parametrize("name", ["glyphs", "photos", "noise"])
@@ -87,10 +89,19 @@ def test_idx_types_and_axes(tmp_path):
         assert np.array_equal(formats.read_idx(tmp_path / "x"), np.arange(12).reshape(3, 4))
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "nothing"), (b"\0\0\x08", "not an IDX"), (b"\0\0\x07\x01\0\0\0\0", "not an IDX"), (b"\0\0\x08\x03\0\0", "header"),
-    (idx(pixels()[..., 0])[:-1], "cut off"), (idx(pixels()[..., 0]) + b"\0", "6145"),
-    (b"\0\0\x08\x04" + b"\xff" * 16, "announces"), (gzip.compress(idx(pixels()[..., 0]))[:-9], "gzip")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "nothing"),
+        (b"\0\0\x08", "not an IDX"),
+        (b"\0\0\x07\x01\0\0\0\0", "not an IDX"),
+        (b"\0\0\x08\x03\0\0", "header"),
+        (idx(pixels()[..., 0])[:-1], "cut off"),
+        (idx(pixels()[..., 0]) + b"\0", "6145"),
+        (b"\0\0\x08\x04" + b"\xff" * 16, "announces"),
+        (gzip.compress(idx(pixels()[..., 0]))[:-9], "gzip"),
+    ],
+)
 def test_damaged_idx_is_named(tmp_path, content, words):
     (tmp_path / "bad-ubyte.gz").write_bytes(content)
     with pytest.raises(ValueError, match="bad-ubyte.gz") as caught:
@@ -158,9 +169,17 @@ def test_every_cut_of_a_pickle_is_an_error():
             formats.read_cifar_pickle("data_batch_1", content[:length])
 
 
-@pytest.mark.parametrize("batch", [
-    [1, 2], {b"data": [1]}, {b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, {b"data": np.zeros((2, 3071), np.uint8),
-    b"labels": [0, 1]}, {b"data": np.zeros((2, 3072), np.uint8)}, {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [1, 2],
+        {b"data": [1]},
+        {b"data": np.zeros((2, 3072)), b"labels": [0, 1]},
+        {b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]},
+        {b"data": np.zeros((2, 3072), np.uint8)},
+        {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]},
+    ],
+)
 def test_batches_of_another_form_are_refused(batch):
     with pytest.raises(ValueError, match="test_batch"):
         formats.read_cifar_pickle("test_batch", pickle.dumps(batch))
@@ -184,9 +203,12 @@ def cifar_files(ten, images, labels):
 def test_cifar_layouts(tmp_path, name, layout):
     ten, form = name == "cifar10", "binary" if "binary" in layout else "python"
     inner = {"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin"}[form] if ten else f"cifar-100-{form}"
-    parts = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]} if ten else {
-        "train": ["train"], "test": ["test"]}
-    folder = (tmp_path if layout == "torchvision" else tmp_path / name)
+    parts = (
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+        if ten
+        else {"train": ["train"], "test": ["test"]}
+    )
+    folder = tmp_path if layout == "torchvision" else tmp_path / name
     (folder / inner).mkdir(parents=True)
     expected = {}
     for part, files in parts.items():
@@ -212,7 +234,9 @@ def test_cifar_layouts(tmp_path, name, layout):
 
 
 @COUNTS
-@pytest.mark.parametrize("folder, ending", [("fashion_mnist", ".gz"), ("fashion_mnist", ""), ("FashionMNIST/raw", ".gz")])
+@pytest.mark.parametrize(
+    "folder, ending", [("fashion_mnist", ".gz"), ("fashion_mnist", ""), ("FashionMNIST/raw", ".gz")]
+)
 def test_mnist_layouts(tmp_path, folder, ending):
     images, labels = pixels(4, 28, 1), np.array([9, 0, 1, 2])
     (tmp_path / folder).mkdir(parents=True)
@@ -220,7 +244,9 @@ def test_mnist_layouts(tmp_path, folder, ending):
         content = idx(values)
         (tmp_path / folder / f"t10k-{kind}-ubyte{ending}").write_bytes(gzip.compress(content) if ending else content)
     found = load("fashion_mnist", root=tmp_path)
-    assert np.array_equal(found.images, images) and list(found.labels) == [9, 0, 1, 2] and found.classes[9] == "Ankle boot"
+    assert (
+        np.array_equal(found.images, images) and list(found.labels) == [9, 0, 1, 2] and found.classes[9] == "Ankle boot"
+    )
 
 
 @COUNTS
@@ -258,10 +284,16 @@ def test_svhn(tmp_path):
 @COUNTS
 @pytest.mark.parametrize("zipped", [False, True])
 def test_tinyimagenet_from_its_official_tree(tmp_path, zipped):
-    tree = {"wnids.txt": b"n02\nn01\n", "val/val_annotations.txt": b"".join(
-        f"val_{i}.JPEG\t{wnid}\t0\t0\t1\t1\n".encode() for i, wnid in enumerate(["n01"] * 10 + ["n02"]))}
+    tree = {
+        "wnids.txt": b"n02\nn01\n",
+        "val/val_annotations.txt": b"".join(
+            f"val_{i}.JPEG\t{wnid}\t0\t0\t1\t1\n".encode() for i, wnid in enumerate(["n01"] * 10 + ["n02"])
+        ),
+    }
     images = pixels(11, 64)
-    tree |= {f"val/images/val_{i}.JPEG": png(image) for i, image in enumerate(images)}  # PNG inside keeps the test exact
+    tree |= {
+        f"val/images/val_{i}.JPEG": png(image) for i, image in enumerate(images)
+    }  # PNG inside keeps the test exact
     tree |= {"train/n01/images/n01_0.JPEG": png(images[0]), "test/images/test_0.JPEG": png(images[1])}
     (tmp_path / "tinyimagenet").mkdir()
     if zipped:
@@ -310,7 +342,11 @@ def test_textures_from_their_official_archive(tmp_path):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     found = load("textures", root=tmp_path)
-    assert found.images.shape == (2, 32, 32, 3) and found.classes == ("banded", "zigzagged") and list(found.labels) == [0, 1]
+    assert (
+        found.images.shape == (2, 32, 32, 3)
+        and found.classes == ("banded", "zigzagged")
+        and list(found.labels) == [0, 1]
+    )
 
 
 def test_missing_files_are_explained(tmp_path, monkeypatch):
@@ -320,7 +356,9 @@ def test_missing_files_are_explained(tmp_path, monkeypatch):
             load(name)
         entry = datasets.info(name)
         wanted = [file for file in entry.files if file.split in ("", "test")]
-        assert wanted and all(word in str(caught.value) for file in wanted for word in (file.name, file.md5, file.address))
+        assert wanted and all(
+            word in str(caught.value) for file in wanted for word in (file.name, file.md5, file.address)
+        )
         assert str(tmp_path / name) in str(caught.value) and "OODREPRO_DATA" in str(caught.value)
     assert (datasets.list_sets()["at hand"] == "-").sum() == len(datasets.REGISTRY)
 
@@ -368,7 +406,9 @@ def test_names_that_leave_the_archive_are_refused(tmp_path, name):
     for archive in ("slip.zip", "slip.tar"):
         with pytest.raises(ValueError, match="outside the archive"):
             formats.read_images(tmp_path / archive)
-    assert {path.name for path in tmp_path.parent.iterdir()} >= {tmp_path.name} and not (tmp_path.parent / "x.png").exists()
+    assert {path.name for path in tmp_path.parent.iterdir()} >= {tmp_path.name} and not (
+        tmp_path.parent / "x.png"
+    ).exists()
 
 
 def test_sixteen_bit_images_are_refused_rather_than_clipped(tmp_path):
@@ -381,12 +421,20 @@ def test_strips_keep_many_images_and_refuse_damage(tmp_path):
     images = pixels(40, 16)
     path = formats.write_strips(tmp_path / "s.zip", np.repeat(images, 30, axis=0), {"orig_index": np.arange(1200)})
     found, arrays, meta = formats.read_strips(path)
-    assert np.array_equal(found, np.repeat(images, 30, axis=0)) and meta["per_strip"] == 1023 and len(arrays["orig_index"]) == 1200
+    assert (
+        np.array_equal(found, np.repeat(images, 30, axis=0))
+        and meta["per_strip"] == 1023
+        and len(arrays["orig_index"]) == 1200
+    )
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    for change, words in (({"strip_0001.webp": None}, "1200 images announced but 1023"), ({"meta.json": b"{"}, "meta.json"),
-                          ({"meta.json": None}, "meta.json"), ({"strip_0000.webp": b"junk"}, "strip_0000.webp"),
-                          ({"strip_0001.webp": parts["strip_0000.webp"]}, "too many")):
+    for change, words in (
+        ({"strip_0001.webp": None}, "1200 images announced but 1023"),
+        ({"meta.json": b"{"}, "meta.json"),
+        ({"meta.json": None}, "meta.json"),
+        ({"strip_0000.webp": b"junk"}, "strip_0000.webp"),
+        ({"strip_0001.webp": parts["strip_0000.webp"]}, "too many"),
+    ):
         with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
             for name, content in {**parts, **change}.items():
                 if content is not None:
@@ -408,12 +456,23 @@ def test_images_of_wrong_type_range_or_shape_are_refused():
             to_unit(bad)
         with pytest.raises(ValueError):
             ImageSet(bad)
-    for bad in (torch.full((1, 1, 2, 2), float("inf")), torch.full((1, 1, 2, 2), -1.5), torch.zeros(1, 2, 2),
-                torch.zeros(1, 1, 2, 2, dtype=torch.long)):
+    for bad in (
+        torch.full((1, 1, 2, 2), float("inf")),
+        torch.full((1, 1, 2, 2), -1.5),
+        torch.zeros(1, 2, 2),
+        torch.zeros(1, 1, 2, 2, dtype=torch.long),
+    ):
         with pytest.raises(ValueError):
             to_uint8(bad)
-    for bad in (np.full((2, 4, 4), 300), np.full((2, 4, 4), -1), np.full((2, 4, 4), np.nan), np.zeros((2, 4, 4, 5)),
-                np.zeros(4), [], [np.zeros((4, 4, 2))]):
+    for bad in (
+        np.full((2, 4, 4), 300),
+        np.full((2, 4, 4), -1),
+        np.full((2, 4, 4), np.nan),
+        np.zeros((2, 4, 4, 5)),
+        np.zeros(4),
+        [],
+        [np.zeros((4, 4, 2))],
+    ):
         with pytest.raises(ValueError, match="mine"):
             as_image_set(bad, "mine")
 
@@ -446,8 +505,10 @@ def tiny(monkeypatch):
     """A registered set `tiny` whose one file a local server serves."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.content, server.plan, server.asked = np.random.default_rng(3).bytes(2500), "", []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    file = OfficialFile("test", "tiny.bin", f"http://127.0.0.1:{server.server_port}/", hashlib.md5(server.content).hexdigest())
+    threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True).start()
+    file = OfficialFile(
+        "test", "tiny.bin", f"http://127.0.0.1:{server.server_port}/", hashlib.md5(server.content).hexdigest()
+    )
     entry = SetInfo("tiny", "Tiny", (("test", 1),), 8, "none", "nobody", "nowhere", (file,))
     monkeypatch.setattr(datasets, "REGISTRY", (*datasets.REGISTRY, entry))
     monkeypatch.setattr(datasets.time, "sleep", lambda seconds: None)
@@ -461,10 +522,15 @@ def quiet(text):
 
 
 def test_get_where_verify(tiny, tmp_path):
-    assert datasets.verify("tiny", tmp_path)["status"][0] == "missing" and datasets.where("tiny", tmp_path)["found"][0] == "-"
-    path, = datasets.get("tiny", root=tmp_path, log=quiet)
+    assert (
+        datasets.verify("tiny", tmp_path)["status"][0] == "missing"
+        and datasets.where("tiny", tmp_path)["found"][0] == "-"
+    )
+    (path,) = datasets.get("tiny", root=tmp_path, log=quiet)
     assert path == tmp_path / "tiny" / "tiny.bin" and path.read_bytes() == tiny.content
-    assert datasets.verify("tiny", tmp_path)["status"][0] == "ok" and datasets.where("tiny", tmp_path)["found"][0] == str(path)
+    assert datasets.verify("tiny", tmp_path)["status"][0] == "ok" and datasets.where("tiny", tmp_path)["found"][
+        0
+    ] == str(path)
     datasets.get("tiny", root=tmp_path, log=quiet)
     assert tiny.asked == [0]  # a good file is not fetched again
     path.write_bytes(tiny.content[:-1])
@@ -475,7 +541,7 @@ def test_get_where_verify(tiny, tmp_path):
 
 def test_a_broken_connection_is_resumed(tiny, tmp_path):
     tiny.plan = "breaks"
-    path, = datasets.get("tiny", root=tmp_path, log=quiet)  # three attempts of 1000 bytes
+    (path,) = datasets.get("tiny", root=tmp_path, log=quiet)  # three attempts of 1000 bytes
     assert tiny.asked == [0, 1000, 2000] and path.read_bytes() == tiny.content
 
 
@@ -508,12 +574,17 @@ def test_a_wrong_checksum_leaves_nothing(tiny, tmp_path):
 
 def test_copies_packed_again_are_accepted_by_content(tmp_path, monkeypatch):
     content = idx(pixels(3, 28, 1)[..., 0])
-    file = OfficialFile("test", "t10k-images-idx3-ubyte.gz", "http://127.0.0.1/", "0" * 32, hashlib.sha256(content).hexdigest())
+    file = OfficialFile(
+        "test", "t10k-images-idx3-ubyte.gz", "http://127.0.0.1/", "0" * 32, hashlib.sha256(content).hexdigest()
+    )
     entry = SetInfo("again", "Again", (("test", 3),), 28, "none", "nobody", "nowhere", (file,))
     monkeypatch.setattr(datasets, "REGISTRY", (entry,))
     (tmp_path / "again").mkdir()
-    for name, written, status in ((file.name, gzip.compress(content), "ok by content"), (file.name[:-3], content, "ok by content"),
-                                  (file.name, gzip.compress(content[:-1]), "WRONG")):
+    for name, written, status in (
+        (file.name, gzip.compress(content), "ok by content"),
+        (file.name[:-3], content, "ok by content"),
+        (file.name, gzip.compress(content[:-1]), "WRONG"),
+    ):
         path = tmp_path / "again" / name
         path.write_bytes(written)
         assert datasets.verify("again", tmp_path)["status"][0] == status
@@ -524,10 +595,19 @@ def test_copies_packed_again_are_accepted_by_content(tmp_path, monkeypatch):
 
 
 @needs_data
-@pytest.mark.parametrize("name, split, count, mean", [
-    ("mnist", "test", 10000, [0.1325]), ("fashion_mnist", "test", 10000, [0.2868]), ("kmnist", "test", 10000, [0.1846]),
-    ("cifar10", "openood_test", 8980, None), ("cifar100", "openood_test", 9000, None), ("cifar100", "openood_val", 1000, None),
-    ("textures", "test", 1200, None), ("gtsrb", "test", 12630, None)])
+@pytest.mark.parametrize(
+    "name, split, count, mean",
+    [
+        ("mnist", "test", 10000, [0.1325]),
+        ("fashion_mnist", "test", 10000, [0.2868]),
+        ("kmnist", "test", 10000, [0.1846]),
+        ("cifar10", "openood_test", 8980, None),
+        ("cifar100", "openood_test", 9000, None),
+        ("cifar100", "openood_val", 1000, None),
+        ("textures", "test", 1200, None),
+        ("gtsrb", "test", 12630, None),
+    ],
+)
 def test_real_sets_are_found_as_they_lie(name, split, count, mean):
     found = load(name, split, DATA)
     assert len(found) == count and len(np.unique(found.index)) == count and found.labels.min() >= 0

@@ -12,7 +12,16 @@ from PIL import Image
 
 from oodrepro.datasets import load, subset
 from oodrepro.images import ImageSet, as_dataset
-from oodrepro.suites import ResizeWarning, Suite, fine_share, harmonise, openood_suite, resize, resize_guard, to_channels
+from oodrepro.suites import (
+    ResizeWarning,
+    Suite,
+    fine_share,
+    harmonise,
+    openood_suite,
+    resize,
+    resize_guard,
+    to_channels,
+)
 
 DATA = os.environ.get("OODREPRO_DATA")
 needs_data = pytest.mark.skipif(not DATA or not (Path(DATA) / "cifar10").is_dir(), reason="OODREPRO_DATA is not set")
@@ -43,8 +52,11 @@ def test_a_suite_takes_what_users_have(tmp_path):
     digits, glyphs = few("digits", 40), few("glyphs", 40)
     for number, image in enumerate(glyphs.images):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{number}.png")
-    suite = Suite(as_dataset(digits), {"folder": tmp_path, "path text": str(tmp_path)},
-                  {"array": glyphs.images[::-1].copy(), "floats": glyphs.images[..., 0] / 255, "dataset": as_dataset(glyphs)})
+    suite = Suite(
+        as_dataset(digits),
+        {"folder": tmp_path, "path text": str(tmp_path)},
+        {"array": glyphs.images[::-1].copy(), "floats": glyphs.images[..., 0] / 255, "dataset": as_dataset(glyphs)},
+    )
     assert suite.id.name == "id" and all(len(part) == 40 for part in suite.ood.values())
     assert suite.ood["folder"].content == suite.ood["dataset"].content == glyphs.content
 
@@ -55,10 +67,18 @@ def test_registered_names_win_over_folders_of_that_name(tmp_path, monkeypatch):
     assert len(Suite("digits", ["glyphs"]).near["glyphs"]) == 600
 
 
-@pytest.mark.parametrize("near, far, words", [
-    (["digits"], [], "own name"), ({"digits": np.zeros((3, 8, 8), np.uint8)}, [], "own name"), ([], [], "at least one"),
-    ({"a": "glyphs"}, {"a": "noise"}, "two sets of one name"), (["noise", "noise"], [], "two sets of one name"),
-    ({"void": np.zeros((0, 8, 8), np.uint8)}, [], "void"), (["cifar1000"], [], "unknown set 'cifar1000'")])
+@pytest.mark.parametrize(
+    "near, far, words",
+    [
+        (["digits"], [], "own name"),
+        ({"digits": np.zeros((3, 8, 8), np.uint8)}, [], "own name"),
+        ([], [], "at least one"),
+        ({"a": "glyphs"}, {"a": "noise"}, "two sets of one name"),
+        (["noise", "noise"], [], "two sets of one name"),
+        ({"void": np.zeros((0, 8, 8), np.uint8)}, [], "void"),
+        (["cifar1000"], [], "unknown set 'cifar1000'"),
+    ],
+)
 def test_suites_that_make_no_sense_are_refused(near, far, words):
     with pytest.raises(ValueError, match=words):
         Suite("digits", near, far)
@@ -90,8 +110,14 @@ def test_different_sizes_and_channels_are_warned_of_and_mended():
     assert np.array_equal(to_channels(colour, 1).images, few("photos", size=32).images)
 
 
-@pytest.mark.parametrize("names, size", [(("digits", "glyphs", "photos", "noise"), 8), (("glyphs", "photos", "noise"), 28),
-                                         (("glyphs", "photos", "noise"), 32)])
+@pytest.mark.parametrize(
+    "names, size",
+    [
+        (("digits", "glyphs", "photos", "noise"), 8),
+        (("glyphs", "photos", "noise"), 28),
+        (("glyphs", "photos", "noise"), 32),
+    ],
+)
 def test_no_alarm_on_content_alone(names, size):
     sets = [few(name, **({} if size == 8 else {"size": size})) for name in names]
     for first, second in combinations(sets, 2):
@@ -99,9 +125,18 @@ def test_no_alarm_on_content_alone(names, size):
         assert not finding.alarm and finding.auroc >= 0.5, (first.name, second.name, finding)
 
 
-@pytest.mark.parametrize("name, low, method", [
-    ("photos", 8, "bilinear"), ("photos", 16, "nearest"), ("photos", 16, "lanczos"), ("photos", 28, "bilinear"),
-    ("photos", 28, "nearest"), ("glyphs", 16, "bicubic"), ("glyphs", 24, "bilinear"), ("noise", 16, "bilinear")])
+@pytest.mark.parametrize(
+    "name, low, method",
+    [
+        ("photos", 8, "bilinear"),
+        ("photos", 16, "nearest"),
+        ("photos", 16, "lanczos"),
+        ("photos", 28, "bilinear"),
+        ("photos", 28, "nearest"),
+        ("glyphs", 24, "bicubic"),
+        ("noise", 16, "bilinear"),
+    ],
+)
 def test_one_side_resized_is_found(name, low, method):
     honest, resized = few("photos", size=32), few(name, size=32, split="train")
     resized = resize(resize(resized, low), 32, method)
@@ -168,5 +203,11 @@ def test_no_alarm_on_the_mnist_family():
 @pytest.mark.filterwarnings("ignore")
 def test_openood_sizes():
     table = openood_suite("cifar100", DATA, guard=False).table().set_index("set")
-    assert dict(table["images"]) == {"cifar100": 9000, "cifar10": 8980, "tinyimagenet": 6526, "mnist": 70000, "textures": 1200}
+    assert dict(table["images"]) == {
+        "cifar100": 9000,
+        "cifar10": 8980,
+        "tinyimagenet": 6526,
+        "mnist": 70000,
+        "textures": 1200,
+    }
     assert dict(table["listed"])["cifar10"] == 9000 and set(table["pixels"]) == {"32 x 32 x 3"}
