@@ -192,13 +192,13 @@ def resize_guard(first, second, warn: bool = True, sample: int = 400, seed: int 
         warnings.warn(finding.message, ResizeWarning, stacklevel=2)
     return finding
 
-# %% ../nbs/11_suites.ipynb #5cdfba7b
+# %% ../nbs/11_suites.ipynb #6d438dab
 def _compare_shapes(first: ImageSet, second: ImageSet, names: list[str]) -> Finding | None:
     shapes = [part.images.shape[1:] for part in (first, second)]
     if shapes[0][:2] != shapes[1][:2]:
         low = min(*shapes[0][:2], *shapes[1][:2])
         return Finding(True, f"{names[0]} is {shapes[0][1]} x {shapes[0][0]} and {names[1]} {shapes[1][1]} x "
-                             f"{shapes[1][0]} pixels. Resizing one of them alone leaves a trace that a detector can win "
+                             f"{shapes[1][0]} pixels. Resizing one of them leaves a trace that a detector can win "
                              "on; use harmonise(first, second) to treat both alike", "size", names[1], low)
     if shapes[0][2] != shapes[1][2]:
         return Finding(True, f"{names[0]} has {shapes[0][2]} channel(s) and {names[1]} {shapes[1][2]}; colour alone "
