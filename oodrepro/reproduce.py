@@ -125,7 +125,7 @@ def parse_seeds(text: str) -> list[int]: # "0", "0-2", "0,3,5-6"
         raise ValueError(f"seeds {text!r}: a seed occurs twice")
     return seeds
 
-# %% ../nbs/60_reproduce.ipynb #b9581dba
+# %% ../nbs/60_reproduce.ipynb #26aeb135
 @contextmanager
 def own_kernel():
     """Yield the name of a kernel that is this very interpreter; it exists only inside the block."""
@@ -137,7 +137,7 @@ def own_kernel():
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
         name = "oodrepro-own"
         write_json(Path(folder) / "kernels" / name / "kernel.json",
-                   {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"],
+                   {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"],
                     "display_name": "oodrepro", "language": "python", "env": environment})
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
