@@ -6,10 +6,11 @@
 __all__ = ['SubVP', 'Discrete', 'noise_schedule', 'Denoiser', 'DenoiserSettings', 'build_unet', 'diffusion_loss',
            'train_denoiser']
 
-# %% ../nbs/20_denoisers.ipynb #658618dc
+# %% ../nbs/20_denoisers.ipynb #70b5923d
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -108,7 +109,7 @@ def noise_schedule(name: str) -> SubVP | Discrete:
         raise ValueError(f"unknown noise schedule {name!r}; known: sub_vp, {', '.join(_BETAS)}")
     return Discrete(DDPMScheduler(num_train_timesteps=1000, beta_schedule=_BETAS[name]), name)
 
-# %% ../nbs/20_denoisers.ipynb #e7876872
+# %% ../nbs/20_denoisers.ipynb #3082ac28
 class Denoiser:
     """A noise-predicting network together with the schedule it was trained under.
 
@@ -164,10 +165,10 @@ class Denoiser:
         """Estimate x0."""
         return (x - sigma * self.noise(x, alpha, sigma)) / alpha
 
-    def save_pretrained(self, folder: Path | str) -> Path:
-        """Write the network in diffusers' format (`unet/`) and `denoiser.json` beside it."""
+    def save_pretrained(self, folder: Path | str, half: bool = False) -> Path:
+        """Write the network in diffusers' format (`unet/`) and `denoiser.json` beside it; `half`: 16-bit weights."""
         folder = Path(folder)
-        self.net.save_pretrained(folder / "unet")
+        (deepcopy(self.net).half() if half else self.net).save_pretrained(folder / "unet")
         write_json(folder / "denoiser.json", {"schedule": self.schedule.name, "prediction": self.prediction,
                                               "card": self.card})
         return folder
@@ -181,7 +182,7 @@ class Denoiser:
         if folder is not None and (folder / "denoiser.json").exists():
             try:
                 facts = json.loads((folder / "denoiser.json").read_text())
-                net = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True)
+                net = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=torch.float32)
                 return cls(net.eval(), noise_schedule(facts["schedule"]), facts["prediction"], facts["card"])
             except (OSError, KeyError, ValueError, RuntimeError) as problem:
                 raise ValueError(f"{folder} is not a complete denoiser folder: {problem}; save it anew") from problem

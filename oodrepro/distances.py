@@ -74,8 +74,8 @@ class FeatureDistance:
     def __call__(self, original: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return self.by_layer(original, reconstructions).mean(0)
 
-# %% ../nbs/22_distances.ipynb #f63d0e32
-def denoiser_features(denoiser: Denoiser, level: float = 0.1) -> Callable:
+# %% ../nbs/22_distances.ipynb #9a8b08af
+def denoiser_features(denoiser: Denoiser, level: float = 0.3) -> Callable:
     """A feature extractor: outputs of the U-Net's down blocks and middle block at noise-to-signal ratio `level`."""
     alpha, sigma = (1 + level**2) ** -0.5, level * (1 + level**2) ** -0.5
     places = [*denoiser.net.down_blocks, denoiser.net.mid_block]
@@ -153,7 +153,7 @@ def lpips_alex(device="cpu") -> Callable:
 
     return distance
 
-# %% ../nbs/22_distances.ipynb #2c0ccf48
+# %% ../nbs/22_distances.ipynb #2d0be6bc
 DISTANCES = ("mse", "ssim", "denoiser-features", "squeezenet-features", "lpips-alex")
 
 
@@ -167,11 +167,11 @@ def distance_function(name: str, # one of DISTANCES
     if name == "denoiser-features":
         if denoiser is None:
             raise ValueError("denoiser-features needs the denoiser")
-        return FeatureDistance(denoiser_features(denoiser), evaluations=1)
+        return FeatureDistance(denoiser_features(denoiser), layers=(0,), evaluations=1)
     if name == "squeezenet-features":
         if weights is None:
             raise ValueError("squeezenet-features needs weights=, the path of an npz file with SqueezeNet's arrays")
-        return FeatureDistance(squeezenet_features(weights))
+        return FeatureDistance(squeezenet_features(weights), layers=(0,))
     if name == "lpips-alex":
         return lpips_alex(denoiser.device if denoiser else "cpu")
     raise ValueError(f"unknown distance {name!r}; known: {', '.join(DISTANCES)}")
