@@ -98,7 +98,7 @@ class LMDStudy(Settings):
         raise ValueError(f"{id_set!r} is no in-distribution set of tier {self.tier}; known: "
                          f"{', '.join(cells.id for cells in self.rows)}")
 
-# %% ../nbs/44_lmd_study.ipynb #791889df
+# %% ../nbs/44_lmd_study.ipynb #fe8284f5
 def _other_masks(main: Variant, blocks: tuple) -> tuple:
     """The mask ablation: alternating boards of other sizes, a fixed board, the centre, random tokens."""
     return (*(replace(main, blocks=number) for number in blocks),
@@ -132,7 +132,7 @@ def _laptop() -> LMDStudy:
         training=TrainingSettings(steps=3000), main=main,
         distances=("mse", "ssim", "denoiser-features", "squeezenet-features"), validation=("glyphs", "photos"),
         validation_images=100, fit_images=200,
-        ablation_pairs=(("mnist", "kmnist"), ("fashion_mnist", "mnist")), ablation_images=150,
+        ablation_pairs=(("mnist", "kmnist"), ("fashion_mnist", "mnist")), ablation_images=100,
         masks=_other_masks(main, (4, 14)), ladder=_other_samplers(main, ddpm=(5, 20), ddim=(10,), dpmpp=(10,)))
 
 
