@@ -98,7 +98,7 @@ class LMDStudy(Settings):
         raise ValueError(f"{id_set!r} is no in-distribution set of tier {self.tier}; known: "
                          f"{', '.join(cells.id for cells in self.rows)}")
 
-# %% ../nbs/44_lmd_study.ipynb #fe8284f5
+# %% ../nbs/44_lmd_study.ipynb #72023484
 def _other_masks(main: Variant, blocks: tuple) -> tuple:
     """The mask ablation: alternating boards of other sizes, a fixed board, the centre, random tokens."""
     return (*(replace(main, blocks=number) for number in blocks),
@@ -132,7 +132,7 @@ def _laptop() -> LMDStudy:
         training=TrainingSettings(steps=3000), main=main,
         distances=("mse", "ssim", "denoiser-features", "squeezenet-features"), validation=("glyphs", "photos"),
         validation_images=100, fit_images=200,
-        ablation_pairs=(("mnist", "kmnist"), ("fashion_mnist", "mnist")), ablation_images=100,
+        ablation_pairs=(("mnist", "kmnist"), ("fashion_mnist", "mnist")), ablation_images=100, batch_size=64,
         masks=_other_masks(main, (4, 14)), ladder=_other_samplers(main, ddpm=(5, 20), ddim=(10,), dpmpp=(10,)))
 
 
@@ -291,7 +291,7 @@ def denoiser_of(run: LMDRun, id_set: str) -> Denoiser:
     run.denoisers[id_set] = found
     return found
 
-# %% ../nbs/44_lmd_study.ipynb #36a17334
+# %% ../nbs/44_lmd_study.ipynb #f004309a
 def squeezenet_weights(data_root=None) -> Path | None:
     """The SqueezeNet file below the data root, `weights/squeezenet11_notop.npz`, if it is there."""
     path = datasets.data_root(data_root) / "weights" / "squeezenet11_notop.npz"
@@ -340,7 +340,7 @@ def _map_stage(run: LMDRun, id_set: str, name: str, variant: Variant, count: int
         parts = []
         size = max(1, 4 * run.study.batch_size // variant.repeats)
         for number, chunk in enumerate(images.split(size)):
-            path = folder / f"chunk-{number:04d}.pt"
+            path = folder / f"chunk-{number * size}-{number * size + len(chunk)}.pt"
             if not path.exists():
                 begun = time.perf_counter()
                 done = f"{min(len(images), (number + 1) * size)}/{len(images)}"
