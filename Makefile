@@ -5,9 +5,11 @@ TIER ?= smoke
 SEEDS ?= 0
 ROOT ?= oodrepro-runs
 PAPERS ?= all
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests run in $(JOBS) processes of one thread each: two threads that wait for each other crawl on a busy machine.
 # GNU timeout where there is one: nbdev_test has no limit of its own.
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout 900")
 
@@ -21,7 +23,7 @@ export JUPYTER_RUNTIME_DIR := $(abspath $(VENV))/home/jupyter-runtime
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TIER=$(TIER) SEEDS=$(SEEDS) ROOT=$(ROOT) PAPERS=$(PAPERS)"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TIER=$(TIER) SEEDS=$(SEEDS) ROOT=$(ROOT) PAPERS=$(PAPERS) JOBS=$(JOBS)"
 
 env: $(READY) ## make the virtual environment with the tested versions
 
@@ -53,10 +55,10 @@ lint: $(READY) ## hygiene of notebooks and modules, nothing being changed
 	$(BIN)/ruff check --no-cache oodrepro tests setup.py
 
 nbtest: $(READY) ## run the library notebooks' own tests
-	OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^papers$$'
+	OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^[_.]|^papers$$'
 
 test: lint nbtest ## everything: sync, hygiene, notebooks, headless papers, pytest
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-wheel: $(READY) ## the wheel in a new environment without nbdev, from an empty folder (downloads everything again)
 	OODREPRO_FRESH_ENVIRONMENT=1 $(BIN)/python -m pytest -q -s tests/test_install.py

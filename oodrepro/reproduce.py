@@ -125,13 +125,14 @@ def parse_seeds(text: str) -> list[int]: # "0", "0-2", "0,3,5-6"
         raise ValueError(f"seeds {text!r}: a seed occurs twice")
     return seeds
 
-# %% ../nbs/60_reproduce.ipynb #26aeb135
+# %% ../nbs/60_reproduce.ipynb #c1ad43cc
 @contextmanager
 def own_kernel():
     """Yield the name of a kernel that is this very interpreter; it exists only inside the block."""
     with tempfile.TemporaryDirectory(prefix="oodrepro-kernel-") as folder:
         environment = {"OODREPRO_HEADLESS": "1", "IPYTHONDIR": f"{folder}/ipython",
-                       "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+                       "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                       "PYTHONWARNINGS": "ignore:IProgress not found"}  # nobody looks at widgets in a headless run
         home = Path(oodrepro.__file__).parent.parent
         if (home / "settings.ini").is_file():  # a checkout, perhaps not installed: the kernel must find it too
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
