@@ -147,7 +147,7 @@ class Explanation:
         return image_grid(torch.stack(shown), row_labels=[f"score {self.score:.3g}"],
                           column_labels=[*labels, "distance"])
 
-# %% ../nbs/43_lift_map_detect.ipynb #609886b6
+# %% ../nbs/43_lift_map_detect.ipynb #f6e12ed5
 class LiftMapDetect:
     """Lift, Map, Detect (Liu et al. 2023, arXiv 2302.10326), algorithm 2.
 
@@ -184,7 +184,7 @@ class LiftMapDetect:
         return self.repeats * network_evaluations(self.sampler, self.steps) + extra
 
     def fit(self, images: torch.Tensor | None = None) -> "LiftMapDetect":
-        """Learn what simplicity explains, from in-distribution images (n, c, h, w) that the denoiser was not trained on.
+        """Learn what simplicity explains, from in-distribution images (n, c, h, w) not used in training.
 
         Without `relative` there is nothing to fit: the denoiser has seen the in-distribution. Returns self.
         """

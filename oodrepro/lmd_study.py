@@ -364,7 +364,7 @@ def _map_stage(run: LMDRun, id_set: str, name: str, variant: Variant, count: int
         return Mapped(distances, arrays["index"], float(arrays["seconds"]),
                       {key: arrays[key] for key in ("original", "mask", "painted")})
 
-# %% ../nbs/44_lmd_study.ipynb #3df77890
+# %% ../nbs/44_lmd_study.ipynb #00756fac
 KINDS = ("raw", "relative")
 
 
@@ -387,10 +387,11 @@ def scores_of(run: LMDRun, id_set: str, name: str, variant: Variant, distance: s
 
 
 def write_cell(run: LMDRun, table: str, id_set: str, ood: str, variant: Variant, distance: str, kind: str, count: int,
-               seed: int, first: int = 0) -> Path:
-    """One receipt: `ood` against `id_set`; returns its path."""
-    sides = [map_images(run, id_set, name, variant, count, seed, first) for name in (id_set, ood)]
-    score = [scores_of(run, id_set, name, variant, distance, kind, count, seed, first) for name in (id_set, ood)]
+               seed: int, id_first: int = 0) -> Path:
+    """One receipt: `ood` against `id_set`, whose images are taken from number `id_first` on; returns its path."""
+    starts = ((id_set, id_first), (ood, 0))
+    sides = [map_images(run, id_set, name, variant, count, seed, first) for name, first in starts]
+    score = [scores_of(run, id_set, name, variant, distance, kind, count, seed, first) for name, first in starts]
     cells, looked = run.study.row(id_set), variant.repeats + 1 if distance == "denoiser-features" else 0
     return write_receipt(
         run.results, paper="lmd", tier=run.study.tier, table=table, row=id_set, column=ood, method="lmd",
@@ -398,11 +399,11 @@ def write_cell(run: LMDRun, table: str, id_set: str, ood: str, variant: Variant,
         score=np.concatenate(score), is_ood=np.repeat([False, True], [len(part) for part in score]),
         index=np.concatenate([side.index for side in sides]), nfe_per_image=variant.evaluations + looked,
         seconds=sum(side.seconds for side in sides), settings=run.study,
-        arrays={"distances": np.concatenate([side.distances[distance] for side in sides])},
+        arrays={"distances": np.concatenate([side.distances[distance] for side in sides])} if kind == "raw" else None,
         extra={"id_split": cells.test_split, "train_split": cells.train_split,
                "weights": weights_digest(denoiser_of(run, id_set))})
 
-# %% ../nbs/44_lmd_study.ipynb #17bfbafb
+# %% ../nbs/44_lmd_study.ipynb #6acfbfed
 def candidates(run: LMDRun, id_set: str) -> list[tuple[str, str]]:
     """(distance, kind) pairs that the study can score."""
     return [(distance, kind) for distance in distance_functions(run, id_set)
@@ -419,14 +420,14 @@ def rows_at_hand(run: LMDRun) -> list[tuple[str, list[str]]]:
 def choose_score(run: LMDRun, seed: int) -> tuple[tuple[str, str], list[Path]]:
     """The (distance, kind) with the best mean AUROC on the validation sets, and the receipts it rests on.
 
-    Neither the OOD sets nor the ID images of Table 1 take part. Without validation sets: the study's first distance, raw.
+    Neither the OOD sets nor the ID images of Table 1 take part. Without validation sets: the first distance, raw.
     """
     study, found, written = run.study, {}, []
     for id_set, _ in rows_at_hand(run):
         for ood in study.validation:
             for distance, kind in candidates(run, id_set):
                 written.append(write_cell(run, "validation", id_set, ood, study.main, distance, kind,
-                                          study.validation_images, seed, first=study.test_images))
+                                          study.validation_images, seed, id_first=study.test_images))
                 found.setdefault((distance, kind), []).append(read_json(written[-1])["metrics"]["auroc"])
     best = max(found, key=lambda pair: np.mean(found[pair])) if found else (study.distances[0], "raw")
     return best, written
@@ -452,7 +453,7 @@ def ablations(run: LMDRun, seed: int) -> list[Path]:
                         for repeats in range(1, study.main.repeats + 1)]
     return written
 
-# %% ../nbs/44_lmd_study.ipynb #75f552d9
+# %% ../nbs/44_lmd_study.ipynb #ea44af8e
 def neighbour_fill(images: torch.Tensor, mask: torch.Tensor, reach: int = 4) -> torch.Tensor:
     """Fill each hidden pixel with the mean of known ones nearby, weighted by exp(-distance^2 / 2): no network."""
     steps = torch.arange(-reach, reach + 1, dtype=images.dtype)
@@ -480,7 +481,8 @@ def controls(run: LMDRun, seed: int) -> list[Path]:
                     run.results, paper="lmd", tier=study.tier, table="controls", row=id_set, column=ood,
                     method=method, variant={}, seed=seed, score=score.numpy(), settings=study, nfe_per_image=0,
                     is_ood=np.arange(len(images)) >= len(chosen[0]), seconds=time.perf_counter() - start,
-                    index=np.concatenate([part.index for part in chosen]), extra={"id_split": study.row(id_set).test_split}))
+                    index=np.concatenate([part.index for part in chosen]),
+                    extra={"id_split": study.row(id_set).test_split}))
     return written
 
 # %% ../nbs/44_lmd_study.ipynb #e3a246dc
