@@ -70,6 +70,6 @@ def test_a_browser_opens_it_in_silence(tmp_path):
             && document.querySelector('img.equation').offsetHeight > 5 ? 'drawn' : 'broken';</script></body>"""))
     done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000",
                            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
-                           page.as_uri()], capture_output=True, text=True, timeout=120)
+                           page.as_uri()], capture_output=True, text=True, timeout=600)
     assert "<title>drawn</title>" in done.stdout, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr

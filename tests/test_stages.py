@@ -125,7 +125,7 @@ def test_two_processes_on_one_stage(tmp_path):
     assert child.stdout.readline().strip() == "0"
     with pytest.raises(StageBusy, match=f"process {child.pid} on .* is making stage count"):
         Stages(tmp_path / "cache").run("count", write_text("never"), settings={"parts": 40})
-    stage = Stages(tmp_path / "cache", wait=60).run("count", lambda folder: pytest.fail("made twice"),
+    stage = Stages(tmp_path / "cache", wait=600).run("count", lambda folder: pytest.fail("made twice"),
                                                     settings={"parts": 40})
     assert stage.cached and child.wait() == 0
     assert Stages(tmp_path / "cache").run("other", write_text("free"), settings={}).cached is False
