@@ -98,7 +98,7 @@ class LMDStudy(Settings):
         raise ValueError(f"{id_set!r} is no in-distribution set of tier {self.tier}; known: "
                          f"{', '.join(cells.id for cells in self.rows)}")
 
-# %% ../nbs/44_lmd_study.ipynb #72023484
+# %% ../nbs/44_lmd_study.ipynb #4f8cdaa8
 def _other_masks(main: Variant, blocks: tuple) -> tuple:
     """The mask ablation: alternating boards of other sizes, a fixed board, the centre, random tokens."""
     return (*(replace(main, blocks=number) for number in blocks),
@@ -133,7 +133,7 @@ def _laptop() -> LMDStudy:
         distances=("mse", "ssim", "denoiser-features", "squeezenet-features"), validation=("glyphs", "photos"),
         validation_images=100, fit_images=200,
         ablation_pairs=(("mnist", "kmnist"), ("fashion_mnist", "mnist")), ablation_images=100, batch_size=64,
-        masks=_other_masks(main, (4, 14)), ladder=_other_samplers(main, ddpm=(5, 20), ddim=(10,), dpmpp=(10,)))
+        masks=_other_masks(main, (4, 14)), ladder=_other_samplers(main, ddpm=(5,), ddim=(10,), dpmpp=(10,)))
 
 
 def _twelve_pairs() -> tuple:
@@ -291,7 +291,7 @@ def denoiser_of(run: LMDRun, id_set: str) -> Denoiser:
     run.denoisers[id_set] = found
     return found
 
-# %% ../nbs/44_lmd_study.ipynb #f004309a
+# %% ../nbs/44_lmd_study.ipynb #1ae88948
 def squeezenet_weights(data_root=None) -> Path | None:
     """The SqueezeNet file below the data root, `weights/squeezenet11_notop.npz`, if it is there."""
     path = datasets.data_root(data_root) / "weights" / "squeezenet11_notop.npz"
@@ -324,6 +324,11 @@ def map_images(run: LMDRun, id_set: str, name: str, # the set to map with the de
         whole = map_images(run, id_set, name, full, count, seed, first)
         return replace(whole, seconds=whole.seconds * variant.repeats / full.repeats,
                        distances={key: values[:, :variant.repeats] for key, values in whole.distances.items()})
+    if variant == run.study.main and first == 0 and count < run.study.test_images:  # a part of Table 1's images
+        whole = map_images(run, id_set, name, variant, run.study.test_images, seed)
+        part = np.isin(whole.index, run.chosen(name, id_set, 0, count).index)
+        return replace(whole, index=whole.index[part], seconds=whole.seconds * count / len(part),
+                       distances={key: values[part] for key, values in whole.distances.items()})
     asked = (id_set, name, variant, count, seed, first)
     if asked not in run.mapped:
         run.mapped[asked] = _map_stage(run, *asked)
