@@ -328,7 +328,7 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], # {label: (value, 
             axes.text(1, s=f"\u25c7 {reference_name}", color=PALETTE[1], ha="right", **heading)
     return figure
 
-# %% ../nbs/02_figures.ipynb #f946c416
+# %% ../nbs/02_figures.ipynb #c7704747
 def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(price, value, low, high), ...]}
                           xlabel: str, ylabel: str) -> Figure: # say units and direction
     """Values with intervals over a logarithmic price, one line per name, named at its right end."""
@@ -336,7 +336,7 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
         raise ValueError("quality_against_price needs at least one point per name")
     with style():
         figure = Picture(6.4, 3.4)
-        axes = figure.add_subplot()
+        axes, ends = figure.add_subplot(), []
         for number, (name, points) in enumerate(groups.items()):
             price, value, low, high = (_finite(name, column) for column in zip(*sorted(points)))
             if (price <= 0).any():
@@ -344,7 +344,11 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
             colour, places = PALETTE[number % len(PALETTE)], round_data(price * 1.012**number)  # side by side, not atop
             axes.errorbar(places, value, [np.maximum(value - low, 0), np.maximum(high - value, 0)], color=colour, marker="o",
                           markersize=4, linewidth=1.4, elinewidth=1, capsize=0)
-            axes.annotate(name, (places[-1], value[-1]), xytext=(6, 0), textcoords="offset points", color=colour,
+            ends.append((name, places[-1], value[-1], colour))
+        low, high = axes.get_ylim()
+        heights = _spread([value for _, _, value, _ in ends], gap=(high - low) * 0.055)
+        for (name, place, _, colour), height in zip(ends, heights):
+            axes.annotate(name, (place, round_data(height)), xytext=(9, 0), textcoords="offset points", color=colour,
                           va="center", fontweight="bold")
         prices = sorted({float(point[0]) for points in groups.values() for point in points})
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
