@@ -291,7 +291,7 @@ def denoiser_of(run: LMDRun, id_set: str) -> Denoiser:
     run.denoisers[id_set] = found
     return found
 
-# %% ../nbs/44_lmd_study.ipynb #1ae88948
+# %% ../nbs/44_lmd_study.ipynb #7c7d009f
 def squeezenet_weights(data_root=None) -> Path | None:
     """The SqueezeNet file below the data root, `weights/squeezenet11_notop.npz`, if it is there."""
     path = datasets.data_root(data_root) / "weights" / "squeezenet11_notop.npz"
@@ -324,7 +324,8 @@ def map_images(run: LMDRun, id_set: str, name: str, # the set to map with the de
         whole = map_images(run, id_set, name, full, count, seed, first)
         return replace(whole, seconds=whole.seconds * variant.repeats / full.repeats,
                        distances={key: values[:, :variant.repeats] for key, values in whole.distances.items()})
-    if variant == run.study.main and first == 0 and count < run.study.test_images:  # a part of Table 1's images
+    tested = name in (id_set, *run.study.row(id_set).oods) and first == 0
+    if tested and variant == run.study.main and count < run.study.test_images:  # a part of Table 1's images
         whole = map_images(run, id_set, name, variant, run.study.test_images, seed)
         part = np.isin(whole.index, run.chosen(name, id_set, 0, count).index)
         return replace(whole, index=whole.index[part], seconds=whole.seconds * count / len(part),
