@@ -263,8 +263,8 @@ def test_the_page_in_a_browser(page, width, tmp_path):
     command = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
                f"--user-data-dir={tmp_path}/profile", "--disable-background-networking", f"--window-size={width},900",
                "--dump-dom"]
-    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=600)
     inside, window, drawn = re.search(r"<title>\[(\d+),(\d+),(\w+)\]</title>", done.stdout).groups()
     assert int(inside) <= int(window) and drawn == "true"
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=600)
     assert "CONSOLE" not in done.stderr and "At a glance" in done.stdout
