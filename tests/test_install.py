@@ -168,6 +168,8 @@ print(json.dumps([oodrepro.__file__, done, sorted({name.split(".")[0] for name i
 def test_papers_from_an_empty_folder(paper, installed, empty_folder):
     """`oodrepro reproduce PAPER` at tier smoke: receipts that check, figures, a page that works offline."""
     command, environment, start = installed.parent / "oodrepro", clean_environment(), time.perf_counter()
+    if not FRESH:  # nbconvert's templates lie beside the borrowed libraries, not in the new environment
+        environment["JUPYTER_PATH"] = str(Path(sysconfig.get_path("data")) / "share" / "jupyter")
     call(command, "reproduce", paper, "--tier", "smoke", cwd=empty_folder, env=environment)
     first = time.perf_counter() - start
     root = empty_folder / "oodrepro-runs"
