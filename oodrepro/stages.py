@@ -399,7 +399,7 @@ def unmatched_force(stages: Stages) -> list[str]:
     """Names given to `force` that no stage of this run bore: a spelling mistake, most likely."""
     return sorted(set(stages.force) - {stage.name for stage in stages.done})
 
-# %% ../nbs/01_stages.ipynb #c24aa380
+# %% ../nbs/01_stages.ipynb #1d4ad9ee
 def _at_a_screen() -> bool:
     """Whether somebody is watching: a terminal, or a notebook that a person has open."""
     if os.environ.get("OODREPRO_HEADLESS") == "1":
@@ -414,10 +414,10 @@ class _Lines:
     """A progress bar's stand-in where nobody watches: a plain line at most every `interval` seconds."""
 
     def __init__(self, iterable=None, desc: str = "", total: int | None = None, unit: str = "it",
-                 interval: float = 30.0, write=None):
+                 interval: float = 30.0, write=None, initial: int = 0):
         self.iterable, self.desc, self.unit, self.interval = iterable, desc or "progress", unit, interval
         self.total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
-        self.n, self.start, self.closed = 0, time.perf_counter(), False
+        self.n, self.initial, self.start, self.closed = initial, initial, time.perf_counter(), False
         self.last = self.start - interval + min(interval, 5.0)  # the first line, with the first estimate, comes early
         self.write = write or (lambda line: print(line, flush=True))
 
@@ -434,7 +434,7 @@ class _Lines:
         self.n += n
         now = time.perf_counter()
         if now - self.last >= self.interval and not self.closed:
-            self.last, rate = now, self.n / max(now - self.start, 1e-9)
+            self.last, rate = now, (self.n - self.initial) / max(now - self.start, 1e-9)
             left = f", {duration((self.total - self.n) / rate)} left" if self.total and rate else ""
             whole = f"/{self.total}" if self.total else ""
             self.write(f"{self.desc}: {self.n}{whole} {self.unit}, {rate:.3g} {self.unit}/s{left}")
@@ -455,11 +455,12 @@ class _Lines:
     def __exit__(self, *problem):
         self.close()
 
-# %% ../nbs/01_stages.ipynb #27897a7c
+# %% ../nbs/01_stages.ipynb #18ccbdd1
 def progress(iterable=None, desc: str = "", total: int | None = None, unit: str = "it",
-             interval: float = 30.0): # seconds between plain lines
+             interval: float = 30.0, # seconds between plain lines
+             initial: int = 0): # done in an earlier session; not counted in the rate
     """Progress over `iterable`, or by `.update(n)` and `.close()`: a bar at a screen, plain lines elsewhere."""
     if _at_a_screen():
-        return tqdm(iterable, desc=desc, total=total, unit=unit, dynamic_ncols=True)
+        return tqdm(iterable, desc=desc, total=total, unit=unit, initial=initial, dynamic_ncols=True)
     silent = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    return _Lines(iterable, desc, total, unit, interval, write=(lambda line: None) if silent else None)
+    return _Lines(iterable, desc, total, unit, interval, (lambda line: None) if silent else None, initial)
