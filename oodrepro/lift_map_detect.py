@@ -59,7 +59,7 @@ def simplicity(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.ones(len(images), dtype=torch.float64), torch.log(variation.double().cpu() + 1e-3),
                         torch.log(sizes)], 1)
 
-# %% ../nbs/43_lift_map_detect.ipynb #6fc94d07
+# %% ../nbs/43_lift_map_detect.ipynb #cbd35d60
 KINDS = ("raw", "relative")
 
 
@@ -72,11 +72,11 @@ class Reference:
     mean: torch.Tensor         # (g,)
     spread: torch.Tensor       # (g,)
 
-    def score(self, distances: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """(n, g) distances of (n, c, h, w) images -> (n,): standardised, then averaged over the holes."""
+    def score(self, distances: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(n, g) distances and `simplicity` (n, 3) of images -> (n,): standardised, then averaged over the holes."""
         values = distances.double()
         if self.kind == "relative":
-            values = torch.log(values + 1e-12) - simplicity(images) @ self.weights
+            values = torch.log(values + 1e-12) - features @ self.weights
         return ((values - self.mean) / self.spread).mean(1)
 
     def to_dict(self) -> dict:
@@ -90,16 +90,16 @@ class Reference:
                                      for name in ("weights", "mean", "spread")))
 
 
-def fit_reference(distances: torch.Tensor, images: torch.Tensor, kind: str = "raw") -> Reference:
-    """Learn from in-distribution images (n, c, h, w), not used in training, with distances (n, g)."""
+def fit_reference(distances: torch.Tensor, features: torch.Tensor, kind: str = "raw") -> Reference:
+    """Learn from in-distribution images not used in training: their distances (n, g) and `simplicity` (n, 3)."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
-    if distances.ndim != 2 or len(distances) != len(images) or len(images) < 20:
+    if distances.ndim != 2 or len(distances) != len(features) or len(features) < 20:
         raise ValueError(f"fitting needs (n, holes) distances of at least 20 in-distribution images, got "
-                         f"{tuple(distances.shape)} distances of {len(images)} images")
+                         f"{tuple(distances.shape)} distances of {len(features)} images")
     values, weights = distances.double(), torch.zeros(3, distances.shape[1], dtype=torch.float64)
     if kind == "relative":
-        features, values = simplicity(images), torch.log(values + 1e-12)
+        values = torch.log(values + 1e-12)
         weights = torch.linalg.lstsq(features, values, driver="gelsd").solution
         values = values - features @ weights
     return Reference(kind, weights, values.mean(0), values.std(0).clamp(min=1e-12))
@@ -185,7 +185,7 @@ def check_holes(denoiser: Denoiser, options: LMDOptions):
             raise ValueError(f"hole {hole!r} has squares of {size} pixels; this network was trained on "
                              f"{', '.join(map(str, trained))}")
 
-# %% ../nbs/43_lift_map_detect.ipynb #f54a5529
+# %% ../nbs/43_lift_map_detect.ipynb #a4fd0936
 class LiftMapDetect:
     """Lift, Map, Detect (Liu et al. 2023, arXiv 2302.10326), algorithm 2.
 
@@ -260,7 +260,7 @@ class LiftMapDetect:
         if self.needs_fit:
             if images is None:
                 raise ValueError("several holes, or relative=True, need in-distribution images: detector.fit(images)")
-            self.reference = fit_reference(self._by_hole(images), images, KINDS[self.options.relative])
+            self.reference = fit_reference(self._by_hole(images), simplicity(images), KINDS[self.options.relative])
         return self
 
     def _score(self, distances: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ class LiftMapDetect:
             return distances[:, 0]
         if self.reference is None:
             raise RuntimeError("this detector weighs holes, or scores relative to simplicity: call fit(images) first")
-        return self.reference.score(distances, images).float()
+        return self.reference.score(distances, simplicity(images)).float()
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """(n, c, h, w) in [-1, 1] -> (n,) scores, larger = more out of distribution."""

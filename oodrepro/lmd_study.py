@@ -380,7 +380,7 @@ def measured(run: LMDRun, label: str, denoiser: Denoiser, options: dict, # of `L
         return Mapped(distances, arrays["index"], float(arrays["seconds"]),
                       {key: arrays[key] for key in ("original", "mask", "painted")})
 
-# %% ../nbs/44_lmd_study.ipynb #43ed3708
+# %% ../nbs/44_lmd_study.ipynb #da0b5eb9
 def scores_of(run: LMDRun, id_set: str, name: str, variant: Variant, distance: str, kind: str, # one of KINDS
               count: int, seed: int, first: int = 0) -> np.ndarray:
     """(count,) scores of a set: the reduced distances, or what of them simplicity does not explain."""
@@ -395,8 +395,8 @@ def scores_of(run: LMDRun, id_set: str, name: str, variant: Variant, distance: s
         return found[:, 0].numpy()
     start = study.test_images + study.validation_images
     reference = fit_reference(reduced(id_set, study.fit_images, start),
-                              images_of(run, id_set, id_set, study.fit_images, start), kind)
-    return reference.score(found, images_of(run, id_set, name, count, first)).numpy()
+                              simplicity(images_of(run, id_set, id_set, study.fit_images, start)), kind)
+    return reference.score(found, simplicity(images_of(run, id_set, name, count, first))).numpy()
 
 
 def write_cell(run: LMDRun, table: str, id_set: str, ood: str, variant: Variant, distance: str, kind: str, count: int,
