@@ -166,7 +166,7 @@ def load_checkpoint(path: Path, fingerprint: str) -> dict:
                          "train into another folder, or delete it")
     return state
 
-# %% ../nbs/03_training.ipynb #ed8646b9
+# %% ../nbs/03_training.ipynb #2d88ce12
 def fit(model: nn.Module, # weights initialised by the caller, from a seed
         loss: Callable[[nn.Module, Draw], torch.Tensor], # scalar loss of one batch, drawn through the `Draw`
         settings: TrainingSettings,
@@ -200,7 +200,10 @@ def fit(model: nn.Module, # weights initialised by the caller, from a seed
         log(f"{name}: resumed at step {step} of {settings.steps}")
     else:
         precision = settings.precision
-        if precision == "auto":
+        if precision == "auto" and accelerator.num_processes > 1:  # they might disagree
+            precision = "fp32"
+            log(f"{name}: several processes train in fp32 unless precision says bf16")
+        elif precision == "auto":
             timing = faster_precision(model, loss, Draw(settings.seed, 0), accelerator.device)
             precision = timing["precision"]
             minutes = timing[f"{precision}_seconds"] * settings.steps / 60
