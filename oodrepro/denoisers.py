@@ -6,7 +6,7 @@
 __all__ = ['SubVP', 'Discrete', 'noise_schedule', 'pretrained_folder', 'Denoiser', 'DenoiserSettings', 'build_unet',
            'conditioned', 'InpaintingDenoiser', 'InpaintingSettings', 'diffusion_loss', 'train_denoiser']
 
-# %% ../nbs/20_denoisers.ipynb #923fef5d
+# %% ../nbs/20_denoisers.ipynb #ecb8561f
 import json
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from torch import nn
 
 from .masks import training_masks
 from .settings import Settings, generator
-from .stages import write_json
+from .stages import read_json, write_json
 from .training import Draw, Trained, TrainingSettings, fit
 
 # %% ../nbs/20_denoisers.ipynb #a14d21b3
@@ -110,7 +110,7 @@ def noise_schedule(name: str) -> SubVP | Discrete:
         raise ValueError(f"unknown noise schedule {name!r}; known: sub_vp, {', '.join(_BETAS)}")
     return Discrete(DDPMScheduler(num_train_timesteps=1000, beta_schedule=_BETAS[name]), name)
 
-# %% ../nbs/20_denoisers.ipynb #2dc1eca6
+# %% ../nbs/20_denoisers.ipynb #bf65a94c
 def _shipped() -> Path:
     return Path(str(files("oodrepro"))) / "pretrained"
 
@@ -179,6 +179,9 @@ class Denoiser:
         """Write the network in diffusers' format (`unet/`) and `denoiser.json` beside it; `half`: 16-bit weights."""
         folder = Path(folder)
         (deepcopy(self.net).half() if half else self.net).save_pretrained(folder / "unet")
+        config = read_json(folder / "unet" / "config.json")
+        config.pop("_name_or_path", None)  # where the network was loaded from is nobody's business
+        write_json(folder / "unet" / "config.json", config)
         write_json(folder / "denoiser.json", {"schedule": self.schedule.name, "prediction": self.prediction,
                                               "card": self.card})
         return folder

@@ -30,7 +30,7 @@ from .settings import Settings, stable_hash
 from .stages import read_json, write_json
 from .training import TrainingSettings
 
-# %% ../nbs/47_fast_lmd.ipynb #ed3ac255
+# %% ../nbs/47_fast_lmd.ipynb #1e6ce038
 @dataclass(frozen=True)
 class FastVariant(Settings):
     """One way to map an image."""
@@ -74,8 +74,9 @@ class FastStudy(Settings):
     ladder: tuple                   # of FastVariant
     ladder_images: int              # per set
     calibration_images: int = 100
+    regression: tuple = ()          # rows that get the regression control; it costs a training each
 
-# %% ../nbs/47_fast_lmd.ipynb #2a63261a
+# %% ../nbs/47_fast_lmd.ipynb #3a54f272
 def _ladder(hole: str, conditional: tuple, unconditional: tuple) -> tuple:
     """Rungs on one hole: regression, the conditional network by steps, the unconditional one by (sampler, steps)."""
     return (FastVariant("regression", (hole,)),
@@ -93,7 +94,7 @@ def fast_study(tier: str) -> FastStudy:
             tier, replace(lmd, batch_size=256), InpaintingSettings(widths=(32, 64), attention=(False, True), hole_sizes=(1, 2, 4)),
             TrainingSettings(steps=500, batch_size=64, learning_rate=2e-3), FastVariant(holes=holes),
             (*((hole,) for hole in holes), ("board-1", "board-2"), holes), ("mse", "ssim"), ("rotated", "shuffled"),
-            100, 150, 250, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60)
+            100, 150, 250, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60, regression=("digits",))
     size = {28: (2, 4, 7, 14), 32: (2, 4, 8, 16)}[lmd.side]
     boards, quarters = tuple(f"board-{edge}" for edge in size), tuple(f"quarter-{edge}" for edge in size[1:3])
     families = (*((hole,) for hole in (*boards, *quarters)), boards[:2], boards[1:3], boards[:3], boards,
@@ -109,7 +110,8 @@ def fast_study(tier: str) -> FastStudy:
     return FastStudy(tier, wide, painter, training, FastVariant(holes=(*boards, *quarters)), families,
                      ("mse", "ssim", "denoiser-features", "squeezenet-features"),
                      ("glyphs", "photos", "rotated", "shuffled"), 200, 300, lmd.test_images,
-                     _ladder(boards[1], (1, 2, 5, 10, 20), many), 60, 200)
+                     _ladder(boards[1], (1, 2, 5, 10, 20), many), 60, 200,
+                     ("kmnist",) if tier == "laptop" else tuple(cells.id for cells in lmd.rows))
 
 # %% ../nbs/47_fast_lmd.ipynb #60433069
 class FastRun(LMDRun):
@@ -293,7 +295,7 @@ def best_of(table: pd.DataFrame, margin: float = 0.001) -> Score:
     holes, distance, kind = close.index[0]
     return Score(tuple(holes.split("+")), distance, kind)
 
-# %% ../nbs/47_fast_lmd.ipynb #4debf67f
+# %% ../nbs/47_fast_lmd.ipynb #8d34af67
 def pairs_at_hand(run: FastRun) -> list[tuple[str, str]]:
     """(in-distribution set, OOD set) of every cell whose data are at hand."""
     return [(id_set, ood) for id_set, oods in rows_at_hand(run) for ood in oods]
@@ -324,6 +326,8 @@ def ladder_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     distances = tuple(dict.fromkeys(("mse", default.distance)))
     for id_set, ood in pairs_at_hand(run):
         for variant in study.ladder:
+            if variant.network == "regression" and id_set not in study.regression:
+                continue
             for distance in distances:
                 written += [write_cell(run, "fast_ladder", id_set, ood, variant, Score(variant.holes, distance, kind),
                                        distances, study.ladder_images, study.ladder_images, seed) for kind in KINDS]
@@ -406,12 +410,12 @@ def detector_of(run: FastRun, id_set: str, default: Score, fitted: bool = True) 
             use(to_unit(prepared(chosen, run.study.side, run.study.channels).images))
     return detector
 
-# %% ../nbs/47_fast_lmd.ipynb #8d9c81c8
+# %% ../nbs/47_fast_lmd.ipynb #fb77ad87
 def cost(run: FastRun, seeds: tuple = (0,)) -> pd.DataFrame:
     """One line per training and mapping: images, network evaluations."""
     study, lines, side = run.fast, [], run.study.side
     for id_set, oods in rows_at_hand(run):
-        for network in ("unconditional", "conditional", "regression"):
+        for network in ("unconditional", "conditional", *(("regression",) if id_set in study.regression else ())):
             name = {"unconditional": "lmd", "conditional": "fast-lmd", "regression": "regression"}[network]
             settings, training = training_of(run.study, id_set) if network == "unconditional" else (
                 replace(study.painter, flip=run.study.row(id_set).flip,

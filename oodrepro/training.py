@@ -6,9 +6,10 @@
 __all__ = ['TrainingSettings', 'Draw', 'learning_rate_at', 'ema_decay_at', 'build_optimiser', 'faster_precision', 'Trained',
            'load_checkpoint', 'fit']
 
-# %% ../nbs/03_training.ipynb #9716ebd9
+# %% ../nbs/03_training.ipynb #cd88ddbb
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -137,7 +138,7 @@ def faster_precision(model: nn.Module, loss: Callable, draw: Draw, device: torch
     best = "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
     return {"precision": best, "fp32_seconds": seconds["fp32"], "bf16_seconds": seconds["bf16"]}
 
-# %% ../nbs/03_training.ipynb #25d4662b
+# %% ../nbs/03_training.ipynb #4b68edb3
 @dataclass
 class Trained:
     """What `fit` returns."""
@@ -156,6 +157,9 @@ def _fingerprint(model: nn.Module, settings: TrainingSettings) -> str:
 def load_checkpoint(path: Path, fingerprint: str) -> dict:
     """Read a checkpoint of this very training; raises `ValueError` naming a corrupt or foreign file and the remedy."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            if archive.testzip() is not None:
+                raise ValueError(f"the checksum of {archive.testzip()} differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["fingerprint"]
     except Exception as problem:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from oodrepro.denoisers import Denoiser, DenoiserSettings, SubVP, build_unet
+from oodrepro.denoisers import Denoiser, DenoiserSettings, InpaintingDenoiser, SubVP, build_unet, noise_schedule
 from oodrepro.distances import DISTANCES, distance_function, mse, squeezenet_features, ssim
-from oodrepro.lift_map_detect import (LiftMapDetect, center, checkerboard, mask_of_repetition, random_mask,
-                                      reduce_repetitions)
+from oodrepro.lift_map_detect import LiftMapDetect, reduce_by_hole
+from oodrepro.masks import center, checkerboard, mask_of_repetition, random_mask
 from oodrepro.metrics import auroc
 from oodrepro.sampling import SAMPLERS
 from oodrepro.settings import generator
@@ -72,7 +72,7 @@ def test_distances_are_the_authors(name, function, dtype, tolerance):
 def test_medians_and_auroc_are_the_authors(name, repeats):
     arrays, scores = golden("detect"), []
     for side in ("id", "ood"):
-        median = reduce_repetitions(torch.from_numpy(arrays[f"{side}_{name}"][:repeats].T))
+        median = reduce_by_hole(torch.from_numpy(arrays[f"{side}_{name}"][:repeats].T), [repeats])[:, 0]
         assert np.abs(median.numpy() - arrays[f"{side}_{name}_median{repeats}"]).max() < 1e-12
         scores.append(median.numpy() if name == "mse" else -median.numpy())
     is_ood = np.repeat([False, True], [len(part) for part in scores])
@@ -81,21 +81,32 @@ def test_medians_and_auroc_are_the_authors(name, repeats):
     assert min(abs(found - expected), abs(1 - found - expected)) < 1e-12  # a similarity left unflipped gives 1 - AUROC
 
 
+TINY = DenoiserSettings(widths=(16, 32), attention=(False, True))
+
+
 @pytest.fixture(scope="module")
 def denoiser():
     """An untrained U-Net: what it paints is nonsense, but the same nonsense whatever the batch."""
-    net = build_unet(1, 8, DenoiserSettings(widths=(16, 32), attention=(False, True)))
-    return Denoiser(net.eval(), SubVP())
+    return Denoiser(build_unet(1, 8, TINY).eval(), SubVP())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_scores_do_not_depend_on_the_batch(denoiser, sampler):
-    images = torch.rand(12, 1, 8, 8, generator=generator("batch")) * 2 - 1
-    options = {"blocks": 4, "sampler": sampler, "steps": 100 if sampler == "em" else 8, "repeats": 3}
-    reference = LiftMapDetect(denoiser, **options, batch_size=256).predict(images)
+@pytest.fixture(scope="module")
+def painter():
+    """The same, given the known pixels."""
+    return InpaintingDenoiser(build_unet(1, 8, TINY, extra_channels=2).eval(), noise_schedule("ddpm_linear"), "v_prediction")
+
+
+@pytest.mark.parametrize("sampler, holes", [*((sampler, False) for sampler in SAMPLERS), ("conditional", True)])
+def test_scores_do_not_depend_on_the_batch(denoiser, painter, sampler, holes):
+    net = painter if sampler == "conditional" else denoiser
+    images = torch.rand(20, 1, 8, 8, generator=generator("batch")) * 2 - 1
+    options = {"sampler": sampler, "steps": 100 if sampler == "em" else 4, "repeats": 2, "blocks": 4}
+    if holes:
+        options |= {"mask": ("board-2", "quarter-2"), "repeats": 1, "relative": True}
+    reference = LiftMapDetect(net, **options, batch_size=256).fit(images).predict(images[:12])
     order = torch.randperm(12, generator=generator("order"))
     for batch_size in (1, 7):
-        detector = LiftMapDetect(denoiser, **options, batch_size=batch_size)
+        detector = LiftMapDetect(net, **options, batch_size=batch_size).fit(images)
         tolerance = 1e-5 * reference.abs().max().clamp(min=1)
         assert (detector.predict(images[order]) - reference[order]).abs().max() < tolerance
 
@@ -110,12 +121,13 @@ def test_memory_does_not_grow_with_the_test_set(denoiser):
     assert max(seen) <= 8 and found["mse"].shape == (50, 3)
 
 
-def test_evaluations_are_counted_exactly(denoiser):
+def test_evaluations_are_counted_exactly(denoiser, painter):
     for sampler in SAMPLERS:
+        network = painter if sampler == "conditional" else denoiser
         for distance in ("mse", "denoiser-features"):
-            detector = LiftMapDetect(denoiser, blocks=4, sampler=sampler, steps=5, repeats=3, distance=distance)
+            detector = LiftMapDetect(network, blocks=4, sampler=sampler, steps=5, repeats=3, distance=distance)
             seen = []
-            handle = denoiser.net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+            handle = network.net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
             detector.predict(torch.zeros(4, 1, 8, 8) - 0.5)
             handle.remove()
             assert sum(seen) == 4 * detector.evaluations_per_image
