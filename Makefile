@@ -9,6 +9,9 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# torchvision has no build for CPUs alone, and its CUDA build needs torch's: the full stack, beside the pinned environment.
+INTEROP := .venv-interop
+INTEROP_STACK := torch==2.15.0 torchvision==0.29.2 pytorch-ood==0.4.0 diffusers==0.42.1
 # Tests run in $(JOBS) processes of one thread each: two threads that wait for each other crawl on a busy machine.
 # GNU timeout where there is one: nbdev_test has no limit of its own.
 TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout 900")
@@ -19,7 +22,7 @@ export IPYTHONDIR := $(abspath $(VENV))/home/ipython
 export JUPYTER_CONFIG_DIR := $(abspath $(VENV))/home/jupyter
 export JUPYTER_RUNTIME_DIR := $(abspath $(VENV))/home/jupyter-runtime
 
-.PHONY: help env reproduce report lab sync lint nbtest test test-wheel clean distclean
+.PHONY: help env reproduce report check figures doctor lab sync lint nbtest test test-wheel test-interop clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,7 +35,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no ensurepip (on Debian: apt install python3-venv)"; exit 1; }
 	@echo "installing the tested versions into $(VENV) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster]'
 	@mkdir -p $(JUPYTER_RUNTIME_DIR)
 	@touch $(READY)
 
@@ -42,6 +45,15 @@ reproduce: $(READY) ## all papers at tier smoke; e.g. make reproduce PAPERS=lmd 
 
 report: $(READY) ## one page from the receipts below ROOT; ROOT=. for the committed ones
 	@$(BIN)/oodrepro report --root $(ROOT)
+
+check: $(READY) ## recompute every committed metric and table from the committed scores
+	@$(BIN)/oodrepro check --root .
+
+figures: $(READY) ## draw every committed figure of scores again from its receipts
+	@$(BIN)/oodrepro figures --root .
+
+doctor: $(READY) ## look at this installation
+	@$(BIN)/oodrepro doctor --root .
 
 lab: $(READY) ## JupyterLab in nbs/
 	$(BIN)/jupyter lab nbs
@@ -57,15 +69,23 @@ lint: $(READY) ## hygiene of notebooks and modules, nothing being changed
 nbtest: $(READY) ## run the library notebooks' own tests
 	OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^[_.]|^papers$$'
 
-test: lint nbtest ## everything: sync, hygiene, notebooks, headless papers, pytest
+test: lint check nbtest ## everything: sync, hygiene, committed numbers, notebooks, headless papers, pytest
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-wheel: $(READY) ## the wheel in a new environment without nbdev, from an empty folder (downloads everything again)
 	OODREPRO_FRESH_ENVIRONMENT=1 $(BIN)/python -m pytest -q -s tests/test_install.py
 
+test-interop: $(INTEROP)/.ready ## parity with pytorch-ood, in an environment of its own (6 GB, once)
+	OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest -q -rs -p no:cacheprovider tests/test_interop.py tests/test_detectors.py
+
+$(INTEROP)/.ready: settings.ini setup.py Makefile
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check $(INTEROP_STACK) pytest -e '.[interop]'
+	@touch $@
+
 clean: ## remove builds and caches; results, runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove the environment
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove the environments
+	rm -rf $(VENV) $(INTEROP)

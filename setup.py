@@ -14,7 +14,7 @@ library = facts["lib_name"]
 
 
 class BuildWithNotebooks(build_py):
-    """Puts the paper notebooks into the package: they are kept once, in nbs/papers, and copied when a wheel is built."""
+    """Puts paper notebooks and tested versions into the package: they are kept once, and copied when a wheel is built."""
 
     def run(self):
         super().run()
@@ -24,6 +24,7 @@ class BuildWithNotebooks(build_py):
         target.mkdir(parents=True, exist_ok=True)
         for notebook in sorted((here / "nbs" / "papers").glob("*.ipynb")):
             shutil.copyfile(notebook, target / notebook.name)
+        shutil.copyfile(here / "constraints.txt", target.parent / "constraints.txt")  # for `oodrepro doctor`
 
 
 extras = {key.removesuffix("_requirements"): value.split() for key, value in facts.items()

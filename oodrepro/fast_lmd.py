@@ -113,14 +113,16 @@ def fast_study(tier: str) -> FastStudy:
                      _ladder(boards[1], (1, 2, 5, 10, 20), many), 60, 200,
                      ("kmnist",) if tier == "laptop" else tuple(cells.id for cells in lmd.rows))
 
-# %% ../nbs/47_fast_lmd.ipynb #60433069
+# %% ../nbs/47_fast_lmd.ipynb #9b3d63ae
 class FastRun(LMDRun):
-    """The stages of a `FastStudy`; receipts, figures and cache lie with LMD's."""
+    """The stages of a `FastStudy`: results and figures in folders of their own, networks and cache shared with LMD."""
 
     def __init__(self, study: FastStudy, root: Path | str, data_root: Path | str | None = None, force=(), log=print):
         super().__init__(replace(study.lmd, distances=study.distances, test_images=study.test_images), root, data_root,
                          force, log)
         self.fast, self.references, self.features = study, {}, {}
+        self.stages.wait = 3600.0  # LMD's own run may be making the same network
+        self.results, self.figures = (self.root / part / study.tier / "fast_lmd" for part in ("results", "figures"))
 
     def first(self, purpose: str) -> int:
         """Where the in-distribution images for "validation", "fit" and "calibration" begin."""

@@ -38,7 +38,7 @@ EXTRA_FIELDS = MappingProxyType({
     "oal": {"row": {"training": None, "mode": ("faithful", "fixed", None)}, "column": {"group": ("near", "far")}},
     "lmd": {"row": {}, "column": {}}})
 
-# %% ../nbs/13_receipts.ipynb #1483b6da
+# %% ../nbs/13_receipts.ipynb #74b2a6a5
 def _place_problems(paper: str, side: str, place, key: str) -> list[str]:
     """What is wrong with `row` or `column`: the set's name, and the fields this paper asks for."""
     if not isinstance(place, dict) or key not in place:
@@ -59,11 +59,17 @@ def _is_number(value, least: float = 0.0, most: float = math.inf, whole: bool = 
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
 
 
+def _other_classes(row: dict, column: dict) -> bool:
+    """True if both name their "classes", as numbers with blanks between, and share none: a held-out split of one set."""
+    mine, theirs = (set(str(place.get("classes") or "").split()) for place in (row, column))
+    return bool(mine and theirs) and not mine & theirs
+
+
 def _plain(values) -> bool:
     """True for an object whose values are texts, numbers, booleans or null."""
     return isinstance(values, dict) and all(isinstance(v, (str, int, float, bool, type(None))) for v in values.values())
 
-# %% ../nbs/13_receipts.ipynb #99cbd7c7
+# %% ../nbs/13_receipts.ipynb #1fe5de02
 def problems(receipt) -> list[str]:
     """Everything in which `receipt` (the parsed JSON) departs from schema 1; empty if nothing."""
     if not isinstance(receipt, dict) or receipt.get("schema") != SCHEMA:
@@ -88,8 +94,9 @@ def problems(receipt) -> list[str]:
     found = [f"{name} is missing or wrong: {values.get(name)!r}" for name, good in rules.items() if not good]
     found += _place_problems(get("paper"), "row", get("row"), "id")
     found += _place_problems(get("paper"), "column", get("column"), "ood")
-    if not found and get("row")["id"] == get("column")["ood"]:
-        found.append(f"the ID set and the OOD set are the same, {get('row')['id']!r}; such an AUROC means nothing")
+    if not found and get("row")["id"] == get("column")["ood"] and not _other_classes(get("row"), get("column")):
+        found.append(f"the ID set and the OOD set are the same, {get('row')['id']!r}; such an AUROC means nothing, "
+                     "unless both name their classes and share none")
     return found
 
 # %% ../nbs/13_receipts.ipynb #cf2c9112

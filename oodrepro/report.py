@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['label', 'verdict', 'compare', 'is_comparison', 'present', 'grid', 'conventions', 'to_markdown', 'to_latex', 'to_html',
-           'write_tables', 'rebuild', 'check_tables', 'write_report']
+           'write_tables', 'table_paths', 'rebuild', 'check_tables', 'verify', 'write_report']
 
-# %% ../nbs/51_report.ipynb #4bffb9d6
+# %% ../nbs/51_report.ipynb #fe79a304
 import base64
 import html
 import json
@@ -22,8 +22,9 @@ import pandas as pd
 
 from .metrics import METRICS, aggregate_seeds, seeds_interval
 from .published import paper_facts, published as published_numbers, published_papers
-from .receipts import PAPERS, TIERS, check, load_scores, read_receipts
+from .receipts import PAPERS, RECORDED, TIERS, check, load_scores, read_receipts
 from .stages import atomic_path
+from .summaries import made_again
 
 # %% ../nbs/51_report.ipynb #542c2514
 _NAMES = MappingProxyType({
@@ -287,7 +288,7 @@ def grid(table: pd.DataFrame, # from compare
     cells.columns = [f"OOD: {label(name)}" if column == "column_ood" else label(name) for name in cells.columns]
     return cells
 
-# %% ../nbs/51_report.ipynb #00e61021
+# %% ../nbs/51_report.ipynb #00cb08ec
 _MEANING = MappingProxyType({
     "auroc": "AUROC, OOD is the positive class and a larger score means more OOD (the same with both exchanged)",
     "fpr95": "FPR95, OOD is the positive class: share of ID at or above the first threshold that 95 % of OOD reach",
@@ -314,8 +315,22 @@ def _sources(table: pd.DataFrame, certainty: str) -> list[str]:
     return [source for source in dict.fromkeys(found) if source != _MEAN]
 
 
+def _own_conventions(facts: dict) -> list[str]:
+    """The same for a table of `summaries`: our numbers alone."""
+    seeds, several = ", ".join(map(str, facts["seeds"])), len(facts["seeds"]) > 1
+    spread = f"; largest sample standard deviation over seeds in a cell {facts['spread']:.3f}" \
+        if facts["spread"] is not None else ""
+    return [*(f"{_MEANING[name]}; fractions, not percent." for name in facts["metrics"] if name in _MEANING),
+            f"Ours: tier {', '.join(facts['tiers'])}; ID:OOD images in a cell {' or '.join(facts['counts'])}; "
+            + (f"mean over seeds {seeds}{spread}." if several else f"seed {seeds}."),
+            *([f"Interval: {facts['interval']}, of the paired difference on the same images, DeLong."]
+              if "interval" in facts else [])]
+
+
 def conventions(table: pd.DataFrame) -> list[str]:
-    """What a reader must know to compare a comparison's numbers with others; empty for other tables."""
+    """What a reader must know to compare a table's numbers with others; empty if it was not made from receipts."""
+    if "facts" in table.attrs:
+        return _own_conventions(table.attrs["facts"])
     if not is_comparison(table) or not len(table):
         return []
     ran = table[table["runs"].notna()]
@@ -417,38 +432,57 @@ def to_html(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str 
         lines += ['<ul class="conventions">', *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     return "\n".join([*lines, "</section>"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #77f660a6
+# %% ../nbs/51_report.ipynb #59789a27
 def _write_text(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     return path
 
 
+_RENDERERS = MappingProxyType({".md": to_markdown, ".tex": to_latex, ".html": to_html})
+
+
 def write_tables(results_folder, # e.g. results/laptop/lmd
-                 tables: Mapping[str, pd.DataFrame], # name -> comparison or any other table
+                 tables: Mapping[str, pd.DataFrame], # name -> table, the most important first
                  titles: Mapping[str, str] | None = None,
                  notes: Mapping[str, Sequence[str]] | None = None) -> list[Path]: # default: each one's `conventions`
-    """Write `<name>.md`, `.tex` and `.html` for each table; returns the paths."""
+    """Write `<name>.md`, `.tex` and `.html` for each table; returns the paths.
+
+    `oodrepro check` accepts tables that know their recipe: those of `compare`, `summaries.pivot`, `summaries.paired`.
+    """
     written = []
-    for name, table in tables.items():
+    for place, (name, table) in enumerate(tables.items()):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"table name {name!r} becomes a file name: use letters, digits, dot, dash, underscore")
         title, below = (titles or {}).get(name, ""), (notes or {}).get(name)
-        text = to_markdown(table, below, title)
-        if "recipe" in table.attrs and is_comparison(table):
-            recipe = {**table.attrs["recipe"], "title": title, "notes": None if below is None else list(below)}
-            text += f"\n<!-- recipe {json.dumps(recipe, sort_keys=True)} -->\n"
-        for suffix, content in ((".md", text), (".tex", to_latex(table, below, title)),
-                                (".html", to_html(table, below, title))):
-            written.append(_write_text(Path(results_folder) / f"{name}{suffix}", content))
+        for suffix, render in _RENDERERS.items():
+            text = render(table, below, title)
+            if suffix == ".md" and "recipe" in table.attrs:
+                recipe = {**table.attrs["recipe"], "title": title, "place": place,
+                          "notes": None if below is None else list(below)}
+                text += f"\n<!-- recipe {json.dumps(recipe, sort_keys=True)} -->\n"
+            written.append(_write_text(Path(results_folder) / f"{name}{suffix}", text))
     return written
 
 
-def rebuild(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
-    """The comparison that a recipe describes, from these receipts."""
-    absent = sorted(set(recipe["runs"]) - set(receipts["run"]))
-    if absent:
-        raise ValueError(f"receipts are missing: {', '.join(absent)}")
+def _recipe(markdown: Path) -> dict | None:
+    """The recipe in a table's Markdown; None if there is none, `ValueError` if it is broken."""
+    found = re.search(r"<!-- recipe (.*) -->", markdown.read_text(encoding="utf-8"))
+    return None if found is None else json.loads(found[1])
+
+
+def table_paths(folder) -> list[Path]:
+    """The Markdown tables of a folder in the order in which they were written, those without a recipe last."""
+    def place(path):
+        try:
+            return (_recipe(path) or {}).get("place", math.inf)
+        except ValueError:
+            return math.inf
+    return sorted(Path(folder).glob("*.md"), key=lambda path: (place(path), path.name))
+
+# %% ../nbs/51_report.ipynb #15f03886
+def _compared_again(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
+    """`compare` with the arguments that a recipe holds."""
     reasons = recipe["not_run"]
     if not isinstance(reasons, str):
         reasons = {tuple(key) if len(key) > 1 else key[0]: text for key, text in reasons}
@@ -459,28 +493,57 @@ def rebuild(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
     return compare(chosen.dropna(axis="columns", how="all"), known, not_run=reasons, **options)
 
 
-def check_tables(folder) -> list[str]:
-    """Make every table below `folder` again from its recipe and receipts; one line per table that differs."""
-    lines = []
-    for path in sorted(Path(folder).rglob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        found = re.search(r"<!-- recipe (.*) -->", text)
-        if found is None:
-            continue
-        try:
-            recipe = json.loads(found.group(1))
-            again = to_markdown(rebuild(recipe, read_receipts(path.parent)), recipe["notes"], recipe["title"])
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            lines.append(f"{path}: cannot be made again: {error}")
-            continue
-        for number, (old, new) in enumerate(zip(text.splitlines(), again.splitlines()), start=1):
-            if old != new:
-                lines.append(f"{path}, line {number}: holds {old!r}, the receipts give {new!r}")
-        if not text.startswith(again) and not any(str(path) in line for line in lines):
-            lines.append(f"{path}: is longer or shorter than the receipts give")
+def rebuild(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
+    """The table that a recipe describes, from these receipts; `ValueError` if some of them are missing."""
+    absent = sorted(set(recipe["runs"]) - set(receipts["run"]))
+    if absent:
+        raise ValueError(f"receipts are missing: {', '.join(absent)}")
+    return made_again(recipe, receipts) if "kind" in recipe else _compared_again(recipe, receipts)
+
+
+def _differences(path: Path, again: str) -> list[str]:
+    """Where a file departs from the text that the receipts give."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = re.sub(r"\n<!-- recipe .* -->\n$", "", text)
+    lines = [f"{path}, line {number}: holds {old!r}, the receipts give {new!r}"
+             for number, (old, new) in enumerate(zip(text.splitlines(), again.splitlines()), start=1) if old != new]
+    if not lines and text != again:
+        lines = [f"{path}: is longer or shorter than the receipts give" if text else f"{path}: is missing or empty"]
     return lines
 
-# %% ../nbs/51_report.ipynb #c61fbf34
+
+def check_tables(folder) -> list[str]:
+    """Make every table below `folder` again from its recipe and receipts; one line per difference, none if all is well.
+    """
+    lines, owned, pools = [], set(), {}
+    for path in sorted(Path(folder).rglob("*.md")):
+        files = {suffix: path.with_suffix(suffix) for suffix in _RENDERERS}
+        owned |= set(files.values())
+        try:
+            recipe = _recipe(path)
+            if recipe is None:
+                raise ValueError("it has no recipe; make it with report.compare, summaries.pivot or summaries.paired")
+            if path.parent not in pools:
+                pools[path.parent] = read_receipts(path.parent)
+            table = rebuild(recipe, pools[path.parent])
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            lines.append(f"{path}: cannot be made again: {error}")
+            continue
+        for suffix, render in _RENDERERS.items():
+            lines += _differences(files[suffix], render(table, recipe["notes"], recipe["title"]))
+    strays = sorted(path for suffix in (".tex", ".html") for path in Path(folder).rglob(f"*{suffix}")
+                    if path not in owned)
+    return lines + [f"{path}: a table without its Markdown, which holds the recipe" for path in strays]
+
+# %% ../nbs/51_report.ipynb #358da090
+def verify(results) -> tuple[list[str], str]: # a results folder
+    """All discrepancies below `results`, one line each, and a sentence that says what was recomputed."""
+    lines = check(results) + check_tables(results)
+    tables = len(list(Path(results).rglob("*.md")))
+    receipts = sum(not path.name.startswith(".") for path in Path(results).rglob("*.json"))
+    return lines, f"{len(RECORDED) * receipts} metrics of {receipts} receipts and {tables} tables, recomputed"
+
+# %% ../nbs/51_report.ipynb #efb69619
 _COLOURS = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #fff; --ink: #1d2530; --soft: #5c6673; --line: #dfe2e6;
   --accent: #0b5cad; --good: #17663a; --good-ground: #dff3e6; --near: #7a5200; --near-ground: #fdf0d0;
@@ -490,7 +553,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #e77af0d6
+# %% ../nbs/51_report.ipynb #5e704607
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -507,7 +570,8 @@ nav a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 1re
 .card { padding: .4rem 1.1rem 1rem; margin: 1rem 0; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .65rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); font-size: .8rem; } .number { text-align: right; }
+th { font-weight: 600; color: var(--soft); font-size: .8rem; vertical-align: bottom; white-space: normal; }
+.number { text-align: right; }
 td.wide { white-space: normal; min-width: 11rem; }
 .conventions { padding-left: 1.1rem; margin: .7rem 0 0; } .conventions li { margin: .15rem 0; overflow-wrap: anywhere; }
 .verdict { display: inline-block; padding: .05rem .55rem; border-radius: .8rem; font-size: .8rem; line-height: 1.4;
@@ -523,6 +587,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; paddin
 details { margin: .7rem 0; } summary { cursor: pointer; color: var(--accent); } pre { overflow-x: auto; }
 footer { margin: 3rem 0 2rem; }
 @media (max-width: 40rem) {
+  th, td { padding: .3rem .4rem; } table { font-size: .84rem; }
   .comparison thead, .comparison .empty { display: none; }
   .comparison tr { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; padding: .6rem 0;
     border-bottom: 1px solid var(--line); }
@@ -531,16 +596,20 @@ footer { margin: 3rem 0 2rem; }
   .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; } }
 """
 
-# %% ../nbs/51_report.ipynb #a2f20eef
+# %% ../nbs/51_report.ipynb #d6719c0e
+def _story(path: Path) -> dict:
+    """What `figures.save` wrote beside a figure; nothing if it did not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); draw the figure again") from error
+
+
 def _figures_html(folder: Path) -> str:
-    """All svg figures of a folder with alternative text and provenance, embedded as data."""
-    parts = []
-    for path in sorted(folder.glob("*.svg")):
-        beside = path.with_suffix(".json")
-        try:
-            story = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{beside} is not valid JSON ({error}); draw the figure again") from error
+    """All svg figures of a folder with alternative text and provenance, embedded as data; those of scores first."""
+    parts, stories = [], {path: _story(path.with_suffix(".json")) for path in folder.glob("*.svg")}
+    for path in sorted(stories, key=lambda path: ("drawn" not in stories[path].get("provenance", {}), path.name)):
+        story = stories[path]
         alt = html.escape(story.get("alt") or f"Figure {path.stem}")
         origin = [f"{key} {value}" for key, value in sorted((story.get("provenance") or {}).items())
                   if isinstance(value, (str, int, float))]
@@ -551,9 +620,9 @@ def _figures_html(folder: Path) -> str:
 
 
 def _tables_html(folder: Path) -> str:
-    """The tables as `write_tables` left them."""
+    """The tables as `write_tables` left them, in that order."""
     parts = []
-    for path in sorted(folder.glob("*.md")):
+    for path in table_paths(folder):
         fragment = path.with_suffix(".html")
         text = (fragment.read_text(encoding="utf-8") if fragment.is_file()
                 else f"<h4>{html.escape(path.stem)}</h4><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
@@ -568,7 +637,7 @@ def _glance(tables: str) -> str:
     chips = [f'<span class="verdict {kind}">{n} {words[kind]}</span>' for kind, n in counts.items() if n]
     return " ".join(chips) or "–"
 
-# %% ../nbs/51_report.ipynb #d9ffce17
+# %% ../nbs/51_report.ipynb #966571c6
 def _duration(seconds: float) -> str:
     """Seconds as a reader says them."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -604,18 +673,18 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #1499dd99
+# %% ../nbs/51_report.ipynb #a9fff9c2
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
-    wrong = check(results) + check_tables(results) if results.is_dir() else []
+    wrong, _ = verify(results) if results.is_dir() else ([], "")
     try:
         receipts = read_receipts(results) if results.is_dir() else pd.DataFrame()
     except ValueError:  # `check` has named the files
         receipts = pd.DataFrame()
     state = "".join(f'<p class="problem">{html.escape(line)}</p>' for line in wrong)
     if len(receipts) and not wrong:
-        state = (f'<p class="soft">Every metric of the {len(receipts)} receipts, and every comparison made from them, '
+        state = (f'<p class="soft">Every metric of the {len(receipts)} receipts, and every table made from them, '
                  "was recomputed from the stored scores: no discrepancy.</p>")
     pages = [Path(os.path.relpath(page, here)).as_posix()
              for page in sorted((root / "runs" / tier / paper).glob("*.html"))]
@@ -642,7 +711,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #fce2d9b5
+# %% ../nbs/51_report.ipynb #5f756ae2
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())

@@ -64,7 +64,7 @@ def trees(path: Path) -> Iterator[tuple[int, ast.Module]]:
 
 def parameters_missing(root: Path) -> list[str]:
     """Paper notebooks whose tier and seeds could not be set: papermill would run the defaults and exit 0."""
-    from oodrepro.reproduce import declared_parameters
+    from oodrepro.execution import declared_parameters
     found = []
     for path in papers(root):
         try:

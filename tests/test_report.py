@@ -1,17 +1,22 @@
 """report: the verdict rule, cells that must not mix, renderers, tables that can be made again, one offline page."""
+import html
+import json
 import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from oodrepro import figures, metrics, receipts, report
+from oodrepro import figures, metrics, receipts, report, summaries
 from oodrepro.published import published
+from oodrepro.reproduce import main
 
+ROOT = Path(__file__).resolve().parent.parent
 COUNT = 60
 
 
@@ -27,12 +32,20 @@ def write(root, row="mnist", column="kmnist", shift=2.5, seed=0, tier="laptop", 
         index=np.r_[np.arange(COUNT), np.arange(COUNT)] + 1000 * sampled, settings={"steps": 20}, extra=extra)
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Receipts of three seeds on two pairs, written once."""
+    folder = tmp_path_factory.mktemp("written")
     for seed in range(3):
-        write(tmp_path, seed=seed)
-        write(tmp_path, "cifar10", "cifar100", 0.4, seed=seed)
-    return tmp_path
+        write(folder, seed=seed)
+        write(folder, "cifar10", "cifar100", 0.4, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def root(written, tmp_path):
+    """A copy of those receipts that a test may change."""
+    return Path(shutil.copytree(written, tmp_path / "root"))
 
 
 def cells(table):
@@ -171,7 +184,8 @@ def test_tables_can_be_made_again_and_forgeries_are_found(root):
     frame, known = receipts.read_receipts(root), published("lmd")
     reasons = {"svhn": "no model", ("cifar10", "svhn"): "no time"}
     tables = {"table1": report.compare(frame, known, not_run=reasons, average=True, level=0.9),
-              "fpr95": report.compare(frame, metric="fpr95"), "plain": pd.DataFrame({"a": [1.0]})}
+              "fpr95": report.compare(frame, metric="fpr95"),
+              "seeds": summaries.pivot(frame, columns="seed", values=("auroc", "aupr_in"))}
     paths = report.write_tables(folder, tables, titles={"table1": "Table 1"}, notes={"fpr95": ["a note"]})
     assert len(paths) == 9 and report.check_tables(root) == []
     again = {path: path.read_bytes() for path in paths}
@@ -188,6 +202,95 @@ def test_tables_can_be_made_again_and_forgeries_are_found(root):
     assert report.check_tables(root) == []
     next(folder.glob("*cifar100*.json")).unlink()
     assert any("receipts are missing" in line for line in report.check_tables(root))
+
+
+@pytest.fixture(scope="session")
+def tabled(written, tmp_path_factory):
+    """Receipts of two tables and every kind of table made from them, written once."""
+    root = Path(shutil.copytree(written, tmp_path_factory.mktemp("tabled") / "root"))
+    for seed in range(3):
+        write(root, seed=seed, shift=1.0, table="controls")
+    folder = root / "results" / "laptop" / "lmd"
+    frame = receipts.read_receipts(folder)
+    main_runs, control = frame[frame["table"] == "table1"], frame[frame["table"] == "controls"]
+    made = {"table1": report.compare(main_runs, published("lmd")), "by_table": summaries.pivot(frame, columns="table"),
+            "paired": summaries.paired(main_runs[main_runs["row_id"] == "mnist"], control, ("LMD", "control")),
+            "cost": summaries.pivot(main_runs, "row_id", values=("auroc", "seconds_per_image"))}
+    report.write_tables(folder, made, titles={name: name for name in made})
+    return root
+
+
+@pytest.fixture
+def tables(tabled, tmp_path):
+    """The results folder of a copy of those."""
+    return Path(shutil.copytree(tabled, tmp_path / "tabled")) / "results" / "laptop" / "lmd"
+
+
+def change(pattern, old, new):
+    """A fault: the first file of that pattern gets another text."""
+    def plant(folder):
+        path = sorted(folder.glob(pattern))[0]
+        text = path.read_text()
+        assert re.search(old, text), f"{path.name} holds no {old}"
+        path.write_text(re.sub(old, new, text, count=1))
+    return plant
+
+
+def other_scores(folder):
+    """A fault: one score of one file is another."""
+    path = sorted(folder.glob("*.npz"))[0]
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["score"][0] += 1
+    np.savez(path, **arrays)
+
+
+def torn_scores(folder):
+    """A fault: one bit of a file has flipped."""
+    path = sorted(folder.glob("*.npz"))[0]
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2] ^= 1
+    path.write_bytes(packed)
+
+
+@pytest.mark.parametrize("name, plant, words", [
+    ("a number in Markdown", change("table1.md", r"\[0\.9", "[0.8"), "table1.md, line"),
+    ("a number in LaTeX", change("by_table.tex", r"& 0\.", "& 1."), "by_table.tex, line"),
+    ("a number in HTML", change("paired.html", r">0\.", ">1."), "paired.html, line"),
+    ("a verdict", change("table1.html", "verdict none", "verdict inside"), "table1.html, line"),
+    ("a convention", change("cost.md", "seeds 0, 1, 2", "seeds 0"), "cost.md, line"),
+    ("a row too many", change("paired.tex", r"(MNIST.*\n)", r"\1\1"), "paired.tex"),
+    ("a table without recipe", change("by_table.md", "<!-- recipe", "<!-- was"), "it has no recipe"),
+    ("a torn recipe", change("by_table.md", '"kind": ', '"kind" '), "cannot be made again"),
+    ("a table of other runs", change("cost.md", r'"runs": \["[^"]*", ', '"runs": ['), "cost.md, line"),
+    ("a lost rendering", lambda folder: (folder / "cost.tex").unlink(), "cost.tex: is missing"),
+    ("a lost Markdown", lambda folder: (folder / "cost.md").unlink(), "cost.html: a table without its Markdown"),
+    ("a metric", change("*.json", r'"auroc": 0\.\d\d', '"auroc": 0.12'), "auroc is 0.12"),
+    ("a count", change("*.json", f'"n_id": {COUNT}', '"n_id": 61'), "n_id is 61"),
+    ("a setting", change("*.json", '"steps": 20', '"steps": 21'), "belong to a file named"),
+    ("a score", other_scores, "checksum differs"), ("a flipped bit", torn_scores, "not a readable npz"),
+    ("a lost receipt", lambda folder: sorted(folder.glob("*.json"))[0].unlink(), "receipts are missing"),
+    ("lost scores", lambda folder: sorted(folder.glob("*.npz"))[0].unlink(), "are missing"),
+])
+def test_check_finds_every_planted_fault(tables, capsys, name, plant, words):
+    """`oodrepro check`: 0 for honest results, 1 for each fault, which it names."""
+    command = ["check", "--root", str(tables.parents[2])]
+    assert main(command) == 0 and "45 metrics of 9 receipts and 4 tables, recomputed" in capsys.readouterr().out
+    plant(tables)
+    assert main(command) == 1, name
+    assert words in capsys.readouterr().out
+
+
+def test_the_committed_results_follow_from_their_scores():
+    found, what = report.verify(ROOT / "results")
+    assert found == [] and not what.startswith("0 metrics"), what
+
+
+def test_tables_stand_in_the_order_of_their_importance(tables):
+    assert [path.stem for path in report.table_paths(tables)] == ["table1", "by_table", "paired", "cost"]
+    text = report.write_report(tables.parents[2]).read_text()
+    places = [text.index(f"<h4>{name}</h4>") for name in ("table1", "by_table", "paired", "cost")]
+    assert places == sorted(places)
 
 
 class Page(HTMLParser):
@@ -251,20 +354,48 @@ def test_nothing_to_report(tmp_path):
         report.write_report(tmp_path)
 
 
+PROBE = """<script>onload = () => {
+  const parts = colour => colour.match(/[0-9.]+/g).slice(0, 3).map(Number);
+  const light = colour => parts(colour).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const ground = element => { for (let e = element; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor; if (!c.startsWith('rgba(0, 0, 0, 0')) return c; } };
+  const contrast = element => { const pair = [light(getComputedStyle(element).color), light(ground(element))].sort();
+    return (pair[1] + .05) / (pair[0] + .05); };
+  const texts = [...document.querySelectorAll('p, td, th, li, a, h1, h2, h3, h4, figcaption, .verdict')];
+  document.title = JSON.stringify({
+    inside: document.documentElement.scrollWidth, window: innerWidth,
+    drawn: [...document.images].every(image => image.naturalWidth > 0 && image.alt.length > 10),
+    fetched: performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length,
+    dark: light(getComputedStyle(document.body).backgroundColor) < .2,
+    contrast: Math.min(...texts.filter(e => e.offsetParent).map(contrast)),
+    small: Math.min(...texts.filter(e => e.offsetParent).map(e => parseFloat(getComputedStyle(e).fontSize)))}); }
+</script></body>"""
+
+
+def browse(address, profile, *options):
+    """What headless Chromium makes of a page: its document, and its complaints."""
+    command = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               f"--user-data-dir={profile}", "--disable-background-networking", *options, "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(page, width, tmp_path):
-    """No console message, every image drawn, and nothing wider than the window."""
-    probe = ("<script>onload = () => { document.title = JSON.stringify([document.documentElement.scrollWidth, "
-             "innerWidth, [...document.images].every(image => image.naturalWidth > 0)]); }</script></body>")
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text()).replace("</body>", probe)
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
+def test_the_page_in_a_browser(page, width, scheme, tmp_path):
+    """On a phone and at a desk, light and dark: all drawn, nothing too wide, too small, too faint, nothing fetched."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text()).replace("</body>", PROBE)
     copy = page.with_name("probe.html")
     copy.write_text(text)
-    command = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path}/profile", "--disable-background-networking", f"--window-size={width},900",
-               "--dump-dom"]
-    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=600)
-    inside, window, drawn = re.search(r"<title>\[(\d+),(\d+),(\w+)\]</title>", done.stdout).groups()
-    assert int(inside) <= int(window) and drawn == "true"
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=600)
+    done = browse(copy.as_uri(), tmp_path / "profile", f"--window-size={width},900",
+                  f"--blink-settings=preferredColorScheme={int(scheme == 'light')}")
+    found = json.loads(html.unescape(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1]))
+    assert found["inside"] <= found["window"] and found["drawn"] and found["fetched"] == 0, found
+    assert found["dark"] == (scheme == "dark") and found["contrast"] >= 4.5 and found["small"] >= 11, found
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_has_nothing_to_complain_about(page, tmp_path):
+    """The page as it is, with its own security policy."""
+    done = browse(page.as_uri(), tmp_path / "profile")
     assert "CONSOLE" not in done.stderr and "At a glance" in done.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from oodrepro import reproduce
+from oodrepro import execution, reproduce
 from oodrepro.pages import requests_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_a_whole_run(books, tmp_path, capsys):
                  "  tier laptop, seeds 0, 1", "  | stage square: running (missing)", "  | stage square: running (settings changed: seed 0 -> 1)",
                  "  | end of laptop", f"  page     {folder / '3_lmd.html'}"):
         assert line in out.splitlines(), out
-    assert {path.name for path in folder.iterdir() if path.is_file()} == {"3_lmd.ipynb", "3_lmd.html"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"3_lmd.ipynb", "3_lmd.html", "finished.json"}
     assert (books / "3_lmd.ipynb").read_bytes() == source
     page = (folder / "3_lmd.html").read_text()
     assert requests_of(page) == [] and "end of laptop" in page and 'class="equation"' in page
@@ -162,11 +162,13 @@ def test_killed_then_run_again(books, tmp_path):
     child.stdout.close()
     folder = tmp_path / "runs" / "smoke" / "lmd"
     assert not (folder / "3_lmd.ipynb").exists()
+    litter = tmp_path / "results" / "smoke" / "lmd" / ".a.tmp-123-0123abcd.json"  # what a killed writer leaves
+    litter.write_text("half")
     write_book(books, DEFAULTS, WORK)
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0 and not litter.exists(), again.stderr
     assert "  | stage square: reused" in again.stdout.splitlines(), again.stdout
-    assert {path.name for path in folder.iterdir() if path.is_file()} == {"3_lmd.ipynb", "3_lmd.html"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"3_lmd.ipynb", "3_lmd.html", "finished.json"}
 
 
 def test_the_kernel_is_this_interpreter_whatever_the_notebook_says(books, tmp_path):
@@ -182,11 +184,52 @@ def test_the_kernel_is_this_interpreter_whatever_the_notebook_says(books, tmp_pa
     os.environ["JUPYTER_PATH"] = str(tmp_path / "jupyter")
     try:
         lines = []
-        reproduce.execute(books / "3_lmd.ipynb", tmp_path / "out.ipynb", {}, log=lines.append)
+        execution.execute(books / "3_lmd.ipynb", tmp_path / "out.ipynb", {}, log=lines.append)
         assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
     finally:
         os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
     assert lines[0].split()[0] == sys.executable
+
+
+def test_resume_leaves_alone_what_is_finished(books, tmp_path, capsys):
+    """With --resume a run is repeated only if something that decides its result, or a file of its result, changed."""
+    write_book(books, DEFAULTS, WORK + "\n(Path(root) / 'results' / tier / 'lmd' / 'n.txt').write_text('7')")
+
+    def again(*words):
+        assert reproduce.main(["reproduce", "lmd", "--resume", "--root", ".", *words]) == 0
+        return capsys.readouterr().out
+
+    folder, number = tmp_path / "runs" / "smoke" / "lmd", tmp_path / "results" / "smoke" / "lmd" / "n.txt"
+    assert "lmd: not finished before" in again()
+    executed = (folder / "3_lmd.ipynb").read_bytes()
+    out = again()
+    assert "nothing to do" in out and "seeds 0, took" in out and "finished stages at hand: 1" in out
+    assert (folder / "3_lmd.ipynb").read_bytes() == executed
+    assert "lmd: seeds changed" in again("--seeds", "0-1")
+    number.write_text("8")
+    assert "results/smoke/lmd/n.txt changed" in again("--seeds", "0-1") and number.read_text() == "7"
+    (folder / "finished.json").write_text("{")
+    assert "finished.json is unreadable" in again("--seeds", "0-1")
+    write_book(books, DEFAULTS, WORK, "more = 1")
+    assert "lmd: notebook changed" in again("--seeds", "0-1")
+    assert "  | stage square: running (forced)" in again("--seeds", "0-1", "--force", "square")
+
+
+def test_the_plan_comes_first_and_counts_what_is_there(books, tmp_path, capsys):
+    write_book(books, DEFAULTS, WORK)
+    assert reproduce.main(["reproduce", "lmd", "--seeds", "0-2"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("no finished stages at hand") < out.index("stage square: running")
+    (tmp_path / "oodrepro-runs/runs/smoke/lmd/cache/square/abc.partial").mkdir()
+    assert reproduce.main(["reproduce", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "    square: 3" in lines and "  unfinished, to be taken up again: square" in lines
+    assert any(line.startswith("  finished stages at hand: 3, 0.0 MB") for line in lines)
+
+
+def test_figures_and_doctor_hand_over(tmp_path, capsys):
+    assert reproduce.main(["figures", "--root", str(tmp_path)]) == 1
+    assert "no figures/<tier>/<paper>/*.json below" in capsys.readouterr().err
 
 
 def test_check_and_data_hand_over(tmp_path, monkeypatch, capsys):
