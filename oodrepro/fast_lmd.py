@@ -297,7 +297,7 @@ def best_of(table: pd.DataFrame, margin: float = 0.001) -> Score:
     holes, distance, kind = close.index[0]
     return Score(tuple(holes.split("+")), distance, kind)
 
-# %% ../nbs/47_fast_lmd.ipynb #8d34af67
+# %% ../nbs/47_fast_lmd.ipynb #a672df5a
 def pairs_at_hand(run: FastRun) -> list[tuple[str, str]]:
     """(in-distribution set, OOD set) of every cell whose data are at hand."""
     return [(id_set, ood) for id_set, oods in rows_at_hand(run) for ood in oods]
@@ -309,16 +309,21 @@ def test_distances(run: FastRun, default: Score) -> tuple:
     return tuple(name for name in known if name != "denoiser-features" or name == default.distance)
 
 
-def fast_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
-    """Receipts of every pair: the default ("fast"), and every hole, family, distance and kind ("fast_parts")."""
+def fast_cells(run: FastRun, default: Score, tried: pd.DataFrame, # from `choose_default`
+               seed: int) -> list[Path]:
+    """Receipts of every pair: the default ("fast"), and what it can be compared with ("fast_parts").
+
+    Those are the default's distance on every family, every distance on the default's family, and each distance with
+    the holes and kind that suit it best on the validation sets.
+    """
     study, distances, written = run.fast, test_distances(run, default), []
+    scores = dict.fromkeys([
+        *(Score(family, default.distance, kind) for family in study.families for kind in KINDS),
+        *(Score(default.family, distance, kind) for distance in distances for kind in KINDS),
+        *(best_of(tried[tried.distance == distance]) for distance in distances)])
     for id_set, ood in pairs_at_hand(run):
-        for family in study.families:
-            for distance in distances:
-                for kind in KINDS:
-                    score = Score(family, distance, kind)
-                    written.append(write_cell(run, "fast" if score == default else "fast_parts", id_set, ood, study.main,
-                                              score, distances, study.test_images, study.fit_images, seed))
+        written += [write_cell(run, "fast" if score == default else "fast_parts", id_set, ood, study.main, score,
+                               distances, study.test_images, study.fit_images, seed) for score in scores]
     return written
 
 
