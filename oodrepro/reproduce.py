@@ -98,7 +98,7 @@ def parse_seeds(text: str) -> list[int]: # "0", "0-2", "0,3,5-6"
         raise ValueError(f"seeds {text!r}: a seed occurs twice")
     return seeds
 
-# %% ../nbs/60_reproduce.ipynb #565e4d65
+# %% ../nbs/60_reproduce.ipynb #6cd39852
 def default_root() -> Path:
     """Where results go unless told otherwise: `oodrepro-runs` below the working folder."""
     return Path.cwd() / "oodrepro-runs"
@@ -114,13 +114,22 @@ def _module(name: str):
         return None
 
 
+def _noted(path: Path) -> dict:
+    """A JSON object; nothing if it is missing or damaged, since a plan must not fail on what a run would repair."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _at_hand(folder: Path) -> list[str]: # folder: runs/<tier>/<paper>
     """What earlier runs left: finished stages with their size and time, unfinished ones, the last whole run."""
     stages, seconds = {}, 0.0
     for path in sorted(folder.glob("cache/*/*/stage.json")):
         if "." not in path.parent.name:
             stages.setdefault(path.parent.parent.name, []).append(path.parent)
-            seconds += read_json(path).get("seconds", 0.0)
+            seconds += _noted(path).get("seconds", 0.0)
     size = sum(path.stat().st_size for made in stages.values() for one in made for path in one.rglob("*")
                if path.is_file())
     begun = sorted({path.parent.name for path in folder.glob("cache/*/*.partial")})
@@ -129,8 +138,8 @@ def _at_hand(folder: Path) -> list[str]: # folder: runs/<tier>/<paper>
              "asks for are reused" if count else "no finished stages at hand: all that this run asks for will be made"]
     lines += [f"  {name}: {len(made)}" for name, made in stages.items()]
     lines += [f"unfinished, to be taken up again: {', '.join(begun)}"] * bool(begun)
-    if (folder / "finished.json").is_file():
-        last = read_json(folder / "finished.json")
+    last = _noted(folder / "finished.json")
+    if last:
         lines.append(f"the last whole run, seeds {', '.join(map(str, last['asked']['seeds']))}, took "
                      f"{duration(last['seconds'])}")
     return lines
