@@ -14,7 +14,7 @@ INTEROP := .venv-interop
 INTEROP_STACK := torch==2.15.0 torchvision==0.29.2 pytorch-ood==0.4.0 diffusers==0.42.1
 # Tests run in $(JOBS) processes of one thread each: two threads that wait for each other crawl on a busy machine.
 # GNU timeout where there is one: nbdev_test has no limit of its own.
-TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout 900")
+TIMEOUT := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout 2400")
 
 # Nothing is read from or written to the home folder.
 export MPLCONFIGDIR := $(abspath $(VENV))/home/matplotlib
