@@ -76,7 +76,7 @@ class FastStudy(Settings):
     calibration_images: int = 100
     regression: tuple = ()          # rows that get the regression control; it costs a training each
 
-# %% ../nbs/47_fast_lmd.ipynb #3a54f272
+# %% ../nbs/47_fast_lmd.ipynb #e8870d56
 def _ladder(hole: str, conditional: tuple, unconditional: tuple) -> tuple:
     """Rungs on one hole: regression, the conditional network by steps, the unconditional one by (sampler, steps)."""
     return (FastVariant("regression", (hole,)),
@@ -94,7 +94,7 @@ def fast_study(tier: str) -> FastStudy:
             tier, replace(lmd, batch_size=256), InpaintingSettings(widths=(32, 64), attention=(False, True), hole_sizes=(1, 2, 4)),
             TrainingSettings(steps=500, batch_size=64, learning_rate=2e-3), FastVariant(holes=holes),
             (*((hole,) for hole in holes), ("board-1", "board-2"), holes), ("mse", "ssim"), ("rotated", "shuffled"),
-            100, 150, 250, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60, regression=("digits",))
+            80, 100, 250, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60, 70, ("digits",))
     size = {28: (2, 4, 7, 14), 32: (2, 4, 8, 16)}[lmd.side]
     boards, quarters = tuple(f"board-{edge}" for edge in size), tuple(f"quarter-{edge}" for edge in size[1:3])
     families = (*((hole,) for hole in (*boards, *quarters)), boards[:2], boards[1:3], boards[:3], boards,
