@@ -133,11 +133,17 @@ def alive(pid):
         return False
 
 
+def hear_interrupts():
+    """A process started in the background may have been told to ignore Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_nobody_goes_on_when_the_parent_is_gone(pieces, blow):
     script = ("from oodrepro.engine import Task, run_tasks\n"
               f"run_tasks([Task(str(n), 'pieces:sleep', {{'folder': {str(pieces)!r}, 'n': n}}) for n in range(2)], jobs=2)")
-    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True,
+                              preexec_fn=hear_interrupts)
     while len(list(pieces.glob("pid-*"))) < 2:
         assert parent.poll() is None, parent.stderr.read()
         time.sleep(0.05)

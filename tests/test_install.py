@@ -50,7 +50,7 @@ def call(*words, **options):
 def wheel(tmp_path_factory):
     """The wheel, built from a copy of what it needs, so that no build folder appears in the checkout."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("settings.ini", "constraints.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copyfile(ROOT / name, source / name)
     for name in ("oodrepro", "nbs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
