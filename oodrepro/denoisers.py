@@ -209,7 +209,7 @@ class Denoiser:
         return cls(pipeline.unet.eval(), Discrete(pipeline.scheduler), pipeline.scheduler.config.prediction_type,
                    {"source": str(name)})
 
-# %% ../nbs/20_denoisers.ipynb #1429f477
+# %% ../nbs/20_denoisers.ipynb #d071bbdb
 @dataclass(frozen=True)
 class DenoiserSettings(Settings):
     """The network and its schedule; (channels, side) of the images complete it."""
@@ -237,7 +237,8 @@ def build_unet(channels: int, side: int, settings: DenoiserSettings, seed: int =
         torch.manual_seed(generator(seed, "unet").initial_seed())
         return UNet2DModel(
             sample_size=side, in_channels=channels + extra_channels, out_channels=channels,
-            layers_per_block=settings.blocks, block_out_channels=settings.widths, down_block_types=down, up_block_types=up, dropout=settings.dropout,
+            layers_per_block=settings.blocks, block_out_channels=settings.widths, down_block_types=down,
+            up_block_types=up, dropout=settings.dropout,
             norm_num_groups=math.gcd(8, *settings.widths), attention_head_dim=math.gcd(32, *settings.widths))
 
 # %% ../nbs/20_denoisers.ipynb #4a24dbf9

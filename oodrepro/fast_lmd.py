@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPOILT', 'NEED_A_FILE', 'FastVariant', 'FastStudy', 'fast_study', 'FastRun', 'network_of', 'spoilt', 'selected',
            'mapped_of', 'Score', 'errors_by_hole', 'features_of', 'reference_of', 'scores_of', 'looks', 'curve_of',
-           'write_cell', 'candidates', 'choose_default', 'best_of', 'pairs_at_hand', 'test_distances', 'fast_cells',
+           'write_cell', 'candidates', 'choose_default', 'best_of', 'pairs_at_hand', 'tested_distances', 'fast_cells',
            'ladder_cells', 'rival_cells', 'seconds_per_image', 'detector_of', 'cost', 'plan']
 
 # %% ../nbs/47_fast_lmd.ipynb #e53a0b2d
@@ -297,13 +297,13 @@ def best_of(table: pd.DataFrame, margin: float = 0.001) -> Score:
     holes, distance, kind = close.index[0]
     return Score(tuple(holes.split("+")), distance, kind)
 
-# %% ../nbs/47_fast_lmd.ipynb #a672df5a
+# %% ../nbs/47_fast_lmd.ipynb #be5f93d8
 def pairs_at_hand(run: FastRun) -> list[tuple[str, str]]:
     """(in-distribution set, OOD set) of every cell whose data are at hand."""
     return [(id_set, ood) for id_set, oods in rows_at_hand(run) for ood in oods]
 
 
-def test_distances(run: FastRun, default: Score) -> tuple:
+def tested_distances(run: FastRun, default: Score) -> tuple:
     """Distances measured on test images: features of the denoiser cost as much as a painting, so only if chosen."""
     known = distance_functions(run, network_of(run, run.study.rows[0].id, "conditional"))
     return tuple(name for name in known if name != "denoiser-features" or name == default.distance)
@@ -316,7 +316,7 @@ def fast_cells(run: FastRun, default: Score, tried: pd.DataFrame, # from `choose
     Those are the default's distance on every family, every distance on the default's family, and each distance with
     the holes and kind that suit it best on the validation sets.
     """
-    study, distances, written = run.fast, test_distances(run, default), []
+    study, distances, written = run.fast, tested_distances(run, default), []
     scores = dict.fromkeys([
         *(Score(family, default.distance, kind) for family in study.families for kind in KINDS),
         *(Score(default.family, distance, kind) for distance in distances for kind in KINDS),
