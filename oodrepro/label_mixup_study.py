@@ -106,7 +106,7 @@ class MixupStudy(Settings):
         """{OOD set: its group}."""
         return {**dict.fromkeys(self.near, "near"), **dict.fromkeys(self.far, "far")}
 
-# %% ../nbs/45_label_mixup_study.ipynb #63407c6a
+# %% ../nbs/45_label_mixup_study.ipynb #44136cc3
 def _smoke() -> MixupStudy:
     return MixupStudy(
         tier="smoke", id="digits", near=("glyphs",), far=("photos", "noise"), real=("photos", "train"), side=8,
@@ -127,7 +127,7 @@ def _laptop() -> MixupStudy:
         generator=TrainingSettings(steps=2000, batch_size=64, precision="fp32"),
         recipe=Recipe(per_pair=40),
         classifier=ClassifierSettings(augment="shift"),
-        training=TrainingSettings(steps=400, batch_size=64, learning_rate=0.1, warmup=20, optimiser="sgd", ema=0.0,
+        training=TrainingSettings(steps=800, batch_size=64, learning_rate=0.1, warmup=40, optimiser="sgd", ema=0.0,
                                   weight_decay=5e-4, clip=5.0, precision="bf16"),
         repeated=("softmax", "cosface", "arcface", "adacos"))
 
