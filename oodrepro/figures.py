@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GREY', 'style', 'Picture', 'round_data', 'save', 'image_grid', 'histograms', 'roc_curves',
-           'curve_with_band', 'intervals', 'quality_against_price']
+           'curve_with_band', 'intervals', 'quality_against_price', 'value_grid']
 
-# %% ../nbs/02_figures.ipynb #955e5aea
+# %% ../nbs/02_figures.ipynb #24191462
 import hashlib
 import io
 import re
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -356,4 +358,23 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
         if len(prices) <= 8:
             axes.set_xticks(prices, [f"{price:g}" for price in prices])
             axes.minorticks_off()
+    return figure
+
+# %% ../nbs/02_figures.ipynb #9f99b867
+def value_grid(table: pd.DataFrame, # rows and columns are named by its index and columns; NaN: not run
+               low: float = 0.5, high: float = 1.0) -> Figure: # the ends of the colours
+    """A coloured cell for each number of a table, with the number in it; beyond the ends a colour stays as it is."""
+    values = table.to_numpy(dtype=np.float64)
+    if not values.size or np.isinf(values).any() or low >= high:
+        raise ValueError(f"value_grid needs a table of finite numbers and low < high, got {values.shape}, {low}, {high}")
+    with style():
+        figure = Picture(2.2 + 0.75 * values.shape[1], 0.7 + 0.24 * len(values))
+        axes = figure.add_subplot()
+        seaborn.heatmap(pd.DataFrame(round_data(values, 3), table.index, table.columns), ax=axes, vmin=low, vmax=high,
+                        cmap="cividis_r", annot=True, fmt=".3f", linewidths=1.0, cbar=False, annot_kws={"fontsize": 8})
+        axes.set(xlabel="", ylabel="")
+        axes.tick_params(length=0)
+        axes.xaxis.tick_top()
+        axes.tick_params(axis="x", labelrotation=0)
+        axes.tick_params(axis="y", labelrotation=0)
     return figure

@@ -23,12 +23,12 @@ from .metrics import evaluate
 from .settings import Settings, code_state, environment, stable_hash
 from .stages import atomic_path
 
-# %% ../nbs/13_receipts.ipynb #03022a27
+# %% ../nbs/13_receipts.ipynb #c39b94f6
 SCHEMA = 1
-PAPERS = ("ddpm_label_mixup", "oal", "lmd")
+PAPERS = ("ddpm_label_mixup", "oal", "lmd", "side_by_side")
 TIERS = ("smoke", "laptop", "gpu", "paper")
 SETS = ("mnist", "kmnist", "fashion_mnist", "cifar10", "cifar100", "gtsrb", "tinyimagenet", "textures", "svhn",
-        "digits", "glyphs", "photos", "noise")
+        "digits", "glyphs", "photos", "noise", "rotated", "shuffled")  # the last two: ID images, spoilt
 RECORDED = ("auroc", "fpr95", "fpr95_id_positive", "aupr_in", "aupr_out")  # computed from the scores
 # Fields that a paper's rows and columns must have beside the sets; None: any text.
 EXTRA_FIELDS = MappingProxyType({
@@ -36,7 +36,8 @@ EXTRA_FIELDS = MappingProxyType({
         "row": {"loss": ("softmax", "sphereface", "cosface", "arcface", "adacos", "normalized_softmax"),
                 "outliers": ("none", "mixup", "unmixed", "pixel_mixup", "real", "noise")}, "column": {}},
     "oal": {"row": {"training": None, "mode": ("faithful", "fixed", None)}, "column": {"group": ("near", "far")}},
-    "lmd": {"row": {}, "column": {}}})
+    "lmd": {"row": {}, "column": {}},
+    "side_by_side": {"row": {"network": None}, "column": {"group": ("near", "far")}}})
 
 # %% ../nbs/13_receipts.ipynb #74b2a6a5
 def _place_problems(paper: str, side: str, place, key: str) -> list[str]:

@@ -44,7 +44,7 @@ class Paper:
         lines = [f"  {name} = {{{value}}}," for name, value in self.fields]
         return "\n".join([f"@{self.kind}{{{self.key},", *lines, "}"])
 
-# %% ../nbs/60_reproduce.ipynb #9d12db1b
+# %% ../nbs/60_reproduce.ipynb #b2e6d027
 _LMD = Paper("lmd", "3_lmd.ipynb", "oodrepro.lmd_study", "liu2023unsupervised", "inproceedings", (
     ("title", "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting"),
     ("author", "Liu, Zhenzhen and Zhou, Jin Peng and Wang, Yufan and Weinberger, Kilian Q."),
@@ -61,7 +61,11 @@ PAPERS = (
         ("booktitle", "Proceedings of the International Conference on Multimedia Retrieval ({ICMR} '25)"),
         ("year", "2025"), ("doi", "10.1145/3731715.3733326"), ("eprint", "2406.16525"), ("archiveprefix", "arXiv"))),
     _LMD,
-    replace(_LMD, name="fast_lmd", notebook="3b_fast_lmd.ipynb", module="oodrepro.fast_lmd"))
+    replace(_LMD, name="fast_lmd", notebook="3b_fast_lmd.ipynb", module="oodrepro.fast_lmd"),
+    replace(_LMD, name="lmd_colour", notebook="3c_lmd_colour.ipynb", module="oodrepro.lmd_colour"),
+    Paper("side_by_side", "4_side_by_side.ipynb", "oodrepro.side_by_side", "oodrepro", "software", (
+        ("title", "oodrepro: a reproducible companion to three papers on out-of-distribution detection with diffusion models"),
+        ("author", "{The oodrepro authors}"), ("year", "2026"), ("version", oodrepro.__version__))))
 
 
 def notebook_folder() -> Path:
