@@ -6,6 +6,8 @@ SEEDS ?= 0
 ROOT ?= oodrepro-runs
 PAPERS ?= all
 JOBS ?= 2
+# What is finished with the same notebooks, code, data and seeds is left alone; RESUME= runs every notebook again.
+RESUME ?= --resume
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -40,7 +42,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@touch $(READY)
 
 reproduce: $(READY) ## all papers at tier smoke; e.g. make reproduce PAPERS=lmd TIER=laptop SEEDS=0-2
-	$(BIN)/oodrepro reproduce $(PAPERS) --tier $(TIER) --seeds $(SEEDS) --root $(ROOT)
+	$(BIN)/oodrepro reproduce $(PAPERS) --tier $(TIER) --seeds $(SEEDS) --root $(ROOT) $(RESUME)
 	@$(BIN)/oodrepro report --root $(ROOT)
 
 report: $(READY) ## one page from the receipts below ROOT; ROOT=. for the committed ones

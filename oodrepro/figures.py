@@ -330,7 +330,7 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], # {label: (value, 
             axes.text(1, s=f"\u25c7 {reference_name}", color=PALETTE[1], ha="right", **heading)
     return figure
 
-# %% ../nbs/02_figures.ipynb #c7704747
+# %% ../nbs/02_figures.ipynb #d9739088
 def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(price, value, low, high), ...]}
                           xlabel: str, ylabel: str) -> Figure: # say units and direction
     """Values with intervals over a logarithmic price, one line per name, named at its right end."""
@@ -355,7 +355,7 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
         prices = sorted({float(point[0]) for points in groups.values() for point in points})
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
         axes.margins(x=0.12)
-        if len(prices) <= 8:
+        if len(prices) <= 8 and all(price == round(price) for price in prices):  # counts, which a reader wants to see
             axes.set_xticks(prices, [f"{price:g}" for price in prices])
             axes.minorticks_off()
     return figure

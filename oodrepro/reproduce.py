@@ -386,7 +386,7 @@ def _cite(arguments) -> int:
     print("\n".join(dict.fromkeys(known[name].bibtex() for name in names)))  # a paper of two notebooks once
     return 0
 
-# %% ../nbs/60_reproduce.ipynb #3b92b962
+# %% ../nbs/60_reproduce.ipynb #eda99c5b
 def _run_options(run) -> None:
     """What `oodrepro reproduce` takes."""
     run.add_argument("papers", nargs="*", metavar="paper", help=f"{', '.join(paper.name for paper in PAPERS)}, or all")
@@ -435,6 +435,7 @@ def main(words: Sequence[str] | None = None) -> int: # default: the command line
     arguments = parser.parse_args(words)
     if arguments.command == "data" and arguments.action != "list" and not arguments.names:
         parser.error(f"data {arguments.action} needs the name of a set; see: oodrepro data list")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of the lack of torchvision, which nothing here needs
     try:
         return arguments.call(arguments)
     except KeyboardInterrupt:

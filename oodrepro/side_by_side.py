@@ -211,7 +211,7 @@ def scored(run: SideRun, name: str, seed: int) -> dict[str, np.ndarray]:
     with np.load(stage / "scores.npz", allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files}
 
-# %% ../nbs/56_side_by_side.ipynb #da35f0d7
+# %% ../nbs/56_side_by_side.ipynb #f69532b5
 def _calls(run: SideRun, seed: int) -> dict[tuple[str, str], Callable]:
     """{(network, score): images -> scores}, whole: the network runs each time."""
     calls = {}
@@ -223,7 +223,7 @@ def _calls(run: SideRun, seed: int) -> dict[tuple[str, str], Callable]:
     return calls
 
 
-def milliseconds(run: SideRun, seed: int = 0, rounds: int = 3) -> dict[tuple[str, str], float]:
+def milliseconds(run: SideRun, seed: int = 0, rounds: int = 10) -> dict[tuple[str, str], float]:
     """{(network, score): milliseconds an image}, the best of `rounds`; LMD itself has one round, it is slow enough."""
     images = to_unit(run.images(run.study.id).images[:run.study.timed_images])
 
@@ -270,7 +270,7 @@ def preparation(study: SideStudy, classes: int) -> pd.DataFrame:
              "LMD": (0, _steps(replace(lmd.training, steps=steps))), "fast LMD": (0, _steps(study.fast.training))}
     return pd.DataFrame.from_dict(lines, orient="index", columns=["classifier", "diffusion"]).rename_axis("network")
 
-# %% ../nbs/56_side_by_side.ipynb #72511445
+# %% ../nbs/56_side_by_side.ipynb #c764cd55
 def write_network(run: SideRun, name: str, seed: int, prices: dict) -> list[Path]: # prices: from `milliseconds`
     """A receipt for each score and OOD set of one network."""
     study, network, arrays, written = run.study, network_named(name), scored(run, name, seed), []
@@ -287,7 +287,8 @@ def write_network(run: SideRun, name: str, seed: int, prices: dict) -> list[Path
                 seconds=prices[name, score] * (len(known) + len(foreign)) / 1e3,
                 id_accuracy=float(arrays["accuracy"]) if "accuracy" in arrays else None,
                 extra={"milliseconds_per_image": prices[name, score], "labels": network.labels, "needs": network.extra,
-                       "classifier_passes": int(passes.classifier[name]), "diffusion_passes": int(passes.diffusion[name]),
+                       "classifier_million_passes": passes.classifier[name] / 1e6,
+                       "diffusion_million_passes": passes.diffusion[name] / 1e6,
                        "contender": f"{name}: {score}" if score != "lmd" else name}))
     return written
 
