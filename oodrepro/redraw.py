@@ -22,7 +22,7 @@ from .metrics import METRICS, seeds_interval
 from .receipts import load_scores, read_receipts
 from .stages import atomic_path, read_json
 
-# %% ../nbs/52_redraw.ipynb #5e43aab9
+# %% ../nbs/52_redraw.ipynb #6b6ad8f8
 def _scores(receipt: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """score, is_ood and index of a receipt."""
     return tuple(load_scores(receipt["path"])[name] for name in ("score", "is_ood", "index"))
@@ -48,7 +48,8 @@ def score_histograms(receipts: pd.DataFrame, # of one in-distribution set, one l
     for receipt in _distinct(receipts, ["column_ood"]):
         score, is_ood, _ = _scores(receipt)
         groups.setdefault(receipt["row_id"], score[~is_ood])
-        groups[receipt["column_ood"]] = score[is_ood]
+        own = receipt["column_ood"] == receipt["row_id"]
+        groups[f"{receipt['column_ood']}, other classes" if own else receipt["column_ood"]] = score[is_ood]
     return figures.histograms(groups, xlabel=xlabel, logx=logx)
 
 
@@ -81,33 +82,38 @@ def over_price(receipts: pd.DataFrame, lines: str, # the field that names the li
         groups.setdefault(str(name), []).append((cost, found.value, found.low, found.high))
     return figures.quality_against_price(groups, xlabel, ylabel)
 
-# %% ../nbs/52_redraw.ipynb #39394c87
+# %% ../nbs/52_redraw.ipynb #1f51a2ba
+def _mean_interval(cell: pd.DataFrame, metric: str) -> tuple[float, float, float]:
+    """Value, low and high of the mean over pairs of sets, whose intervals are combined as if independent."""
+    found = [seeds_interval([_scores(one) for one in pair.to_dict("records")], metric)
+             for _, pair in cell.groupby(["row_id", "column_ood"])]
+    if len(found) == 1:
+        return found[0].value, found[0].low, found[0].high
+    value = np.mean([one.value for one in found])
+    half = np.sqrt(np.sum([((one.high - one.low) / 2) ** 2 for one in found])) / len(found)
+    return value, value - half, min(value + half, 1.0)
+
+
 def mean_over_price(receipts: pd.DataFrame, lines: str, # the field that names the lines
                     xlabel: str, ylabel: str, price: str = "nfe_per_image", metric: str = "auroc") -> Figure:
     """`over_price` of the mean over pairs of sets; the pairs' intervals are combined as if independent."""
     _distinct(receipts, [price, lines, "row_id", "column_ood", "seed"])
     groups = {}
     for (name, cost), cell in receipts.groupby([lines, price]):
-        found = [seeds_interval([_scores(one) for one in pair.to_dict("records")], metric)
-                 for _, pair in cell.groupby(["row_id", "column_ood"])]
-        value = np.mean([one.value for one in found])
-        half = np.sqrt(np.sum([((one.high - one.low) / 2) ** 2 for one in found])) / len(found)
-        groups.setdefault(str(name), []).append((cost, value, value - half, min(value + half, 1.0)))
+        groups.setdefault(str(name), []).append((cost, *_mean_interval(cell, metric)))
     return figures.quality_against_price(groups, xlabel, ylabel)
 
-# %% ../nbs/52_redraw.ipynb #d28ab14b
+# %% ../nbs/52_redraw.ipynb #1fea38af
 def with_intervals(receipts: pd.DataFrame, rows: Sequence[str], # the fields that name a row
                    xlabel: str, metric: str = "auroc",
                    references: dict | None = None, # {row name: published value}
                    reference_name: str = "published") -> Figure:
-    """One bar per row, over images and seeds; rows stand in the order of the receipts."""
+    """One bar per row, the mean over its pairs of sets, over images and seeds; rows in the order of the receipts."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-    _distinct(receipts, [*rows, "seed"])
-    found = {}
-    for key, cell in receipts.groupby(list(rows), sort=False):
-        interval = seeds_interval([_scores(one) for one in cell.to_dict("records")], metric)
-        found[" / ".join(map(str, key))] = (interval.value, interval.low, interval.high)
+    _distinct(receipts, [*rows, "row_id", "column_ood", "seed"])
+    found = {" / ".join(str(word) for word in key if word is not None and word == word): _mean_interval(cell, metric)
+             for key, cell in receipts.groupby(list(rows), sort=False, dropna=False)}
     return figures.intervals(found, xlabel, references, reference_name)
 
 # %% ../nbs/52_redraw.ipynb #3467a31f

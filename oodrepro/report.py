@@ -401,16 +401,17 @@ def to_latex(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str
                   *(_latex(note) + r"\par" for note in notes), r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #be2a4a6f
+# %% ../nbs/51_report.ipynb #564d5490
 _KINDS = MappingProxyType({"inside": "inside", "near": "outside but", "outside": "outside", "none": "no verdict",
-                           "not-run": "not run"})  # class in style sheets -> how the verdict begins
+                           "not-run": "not run", "supported": "supported", "contradicted": "contradicted",
+                           "not-supported": "not supported"})  # class in style sheets -> how the verdict begins
 
 
-def _html_cell(name: str, value, right: bool, judged: bool) -> str:
+def _html_cell(name: str, value, right: bool) -> str:
     """One cell; on a phone its column's name stands above it, since the head is hidden there."""
     text, heading = html.escape(str(value)), html.escape(str(name))
-    if name == "verdict" and judged:
-        kind = next(kind for kind, start in _KINDS.items() if str(value).startswith(start))
+    kind = next((kind for kind, start in _KINDS.items() if name == "verdict" and str(value).startswith(start)), None)
+    if kind:
         return f'<td data-name="{heading}" class="wide"><span class="verdict {kind}">{text}</span></td>'
     classes = " ".join(["number"] * right + ["empty"] * (text in ("", "–")))
     return f'<td data-name="{heading}"' + (f' class="{classes}">' if classes else ">") + f"{text}</td>"
@@ -422,7 +423,7 @@ def to_html(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str 
     judged = is_comparison(table)
     heads = "".join(f'<th scope="col"{" class=number" if right else ""}>{html.escape(str(name))}</th>'
                     for name, right in zip(shown.columns, numeric))
-    rows = ["".join(_html_cell(name, value, right, judged) for name, value, right in zip(shown, values, numeric))
+    rows = ["".join(_html_cell(name, value, right) for name, value, right in zip(shown, values, numeric))
             for values in shown.itertuples(index=False)]
     lines = ['<section class="table">', *([f"<h4>{html.escape(title)}</h4>"] if title else []),
              f'<div class="scroll"><table{" class=comparison" if judged else ""}>',
@@ -553,7 +554,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #5e704607
+# %% ../nbs/51_report.ipynb #903d8b5a
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -576,9 +577,9 @@ td.wide { white-space: normal; min-width: 11rem; }
 .conventions { padding-left: 1.1rem; margin: .7rem 0 0; } .conventions li { margin: .15rem 0; overflow-wrap: anywhere; }
 .verdict { display: inline-block; padding: .05rem .55rem; border-radius: .8rem; font-size: .8rem; line-height: 1.4;
   background: var(--plain); }
-.inside { background: var(--good-ground); color: var(--good); }
+.inside, .supported { background: var(--good-ground); color: var(--good); }
 .near { background: var(--near-ground); color: var(--near); }
-.outside, .problem { background: var(--bad-ground); color: var(--bad); }
+.outside, .contradicted, .problem { background: var(--bad-ground); color: var(--bad); }
 .problem { padding: .5rem .9rem; border-radius: .5rem; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem;
   align-items: start; }
@@ -596,7 +597,7 @@ footer { margin: 3rem 0 2rem; }
   .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; } }
 """
 
-# %% ../nbs/51_report.ipynb #d6719c0e
+# %% ../nbs/51_report.ipynb #95d7f97f
 def _story(path: Path) -> dict:
     """What `figures.save` wrote beside a figure; nothing if it did not."""
     try:
@@ -619,15 +620,23 @@ def _figures_html(folder: Path) -> str:
     return f'<h3>Figures</h3><div class="figures">{"".join(parts)}</div>' if parts else ""
 
 
-def _tables_html(folder: Path) -> str:
-    """The tables as `write_tables` left them, in that order."""
-    parts = []
-    for path in table_paths(folder):
-        fragment = path.with_suffix(".html")
-        text = (fragment.read_text(encoding="utf-8") if fragment.is_file()
-                else f"<h4>{html.escape(path.stem)}</h4><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
-        parts.append(f'<div class="card">{text}</div>')
-    return "<h3>Tables</h3>" + "".join(parts) if parts else ""
+_LONG = 14  # rows that a reader takes in without asking for them
+
+
+def _card(path: Path, first: bool) -> str: # path: a table's Markdown
+    """A table as `write_tables` left it; a long one that is not the first is folded away."""
+    fragment = path.with_suffix(".html")
+    text = (fragment.read_text(encoding="utf-8") if fragment.is_file()
+            else f"<h4>{html.escape(path.stem)}</h4><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
+    rows, title = text.count("<tr>") - 1, re.search(r"<h4>(.*?)</h4>", text)
+    if rows > _LONG and not first:
+        text = f"<details><summary>{title[1] if title else html.escape(path.stem)}: {rows} rows</summary>{text}</details>"
+    return f'<div class="card">{text}</div>'
+
+
+def _tables_html(folder: Path) -> list[str]:
+    """The tables in the order in which they were written, each in a card."""
+    return [_card(path, number == 0) for number, path in enumerate(table_paths(folder))]
 
 
 def _glance(tables: str) -> str:
@@ -673,7 +682,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #a1a88214
+# %% ../nbs/51_report.ipynb #411a433d
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -691,11 +700,12 @@ def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     links = "".join(f'<p>Executed notebook: <a href="{html.escape(page)}">{html.escape(Path(page).name)}</a></p>'
                     for page in pages)
     tables, anchor = _tables_html(results), f"{paper}-{tier}"
-    body = (f'<section id="{anchor}"><h3>Tier {tier}</h3>{state}{links}{tables}'
-            f'{_figures_html(root / "figures" / tier / paper)}{_receipts_html(receipts, here)}</section>')
+    more = "<h3>More tables</h3>" + "".join(tables[1:]) if tables[1:] else ""
+    body = (f'<section id="{anchor}"><h3>Tier {tier}</h3>{state}{links}{"".join(tables[:1])}'
+            f'{_figures_html(root / "figures" / tier / paper)}{more}{_receipts_html(receipts, here)}</section>')
     trust = f"{len(wrong)} problems" if wrong else "recomputed" if len(receipts) else "–"
     row = (f'<tr><td>{html.escape(label(paper))}</td><td><a href="#{anchor}">{tier}</a></td>'
-           f'<td class="number">{len(receipts)}</td><td class="wide">{_glance(tables)}</td><td>{trust}</td></tr>')
+           f'<td class="number">{len(receipts)}</td><td class="wide">{_glance("".join(tables))}</td><td>{trust}</td></tr>')
     return row, body
 
 
@@ -718,7 +728,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #5923d17f
+# %% ../nbs/51_report.ipynb #9167bdcd
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
@@ -744,7 +754,8 @@ holds the score of every single image.</p>
 <div class="card scroll"><table>
 <thead><tr><th>paper</th><th>tier</th><th class="number">receipts</th><th>verdicts</th><th>check</th></tr></thead>
 <tbody>{"".join(rows for _, rows, _ in papers.values())}</tbody></table></div>
-<p class="soft">Only values that are certainly a paper's own get a verdict. Tiers: smoke, embedded data in minutes;
+<p class="soft">Only values that are certainly a paper's own are judged; claims are judged by paired
+differences over seeds, three at least. Tiers: smoke, embedded data in minutes;
 laptop, real data and small networks; gpu, near-paper networks; paper, the papers' own settings.</p>
 {"".join(body for _, _, body in papers.values())}
 <footer class="soft">Written by oodrepro from results, figures and runs. This page loads nothing from anywhere.</footer>
