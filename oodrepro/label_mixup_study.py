@@ -106,7 +106,7 @@ class MixupStudy(Settings):
         """{OOD set: its group}."""
         return {**dict.fromkeys(self.near, "near"), **dict.fromkeys(self.far, "far")}
 
-# %% ../nbs/45_label_mixup_study.ipynb #44136cc3
+# %% ../nbs/45_label_mixup_study.ipynb #606b8ba5
 def _smoke() -> MixupStudy:
     return MixupStudy(
         tier="smoke", id="digits", near=("glyphs",), far=("photos", "noise"), real=("photos", "train"), side=8,
@@ -126,8 +126,8 @@ def _laptop() -> MixupStudy:
         denoiser=ConditionalSettings(widths=(16, 32, 64), attention=(False, False, True)),
         generator=TrainingSettings(steps=2000, batch_size=64, precision="fp32"),
         recipe=Recipe(per_pair=40),
-        classifier=ClassifierSettings(augment="shift"),
-        training=TrainingSettings(steps=800, batch_size=64, learning_rate=0.1, warmup=40, optimiser="sgd", ema=0.0,
+        classifier=ClassifierSettings(augment="shift", outlier_batch_size=32),
+        training=TrainingSettings(steps=500, batch_size=64, learning_rate=0.1, warmup=25, optimiser="sgd", ema=0.0,
                                   weight_decay=5e-4, clip=5.0, precision="bf16"),
         repeated=("softmax", "cosface", "arcface", "adacos"))
 
