@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'METHODS', 'Case', 'Experiment', 'MixupStudy', 'label_mixup_
            'MixupRun', 'generator_of', 'synthetic', 'pixel_mixup', 'outliers_of', 'Looked', 'classified', 'gate',
            'gate_summary', 'msp', 'write_case', 'run_table', 'suite', 'cost', 'passes_per_second', 'plan']
 
-# %% ../nbs/45_label_mixup_study.ipynb #3c88888e
+# %% ../nbs/45_label_mixup_study.ipynb #acdf0278
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from .label_mixup import (ClassBound, ConditionalSettings, Outliers, Recipe, bui
 from .losses import HEADS, build_head
 from .receipts import write_receipt
 from .sampling import SampleNoise, inpaint_composited, sample
-from .settings import Settings, generator
+from .settings import Settings, best_device, generator
 from .stages import Stages, read_json, write_json
 from .suites import Suite, resize, to_channels
 from .training import TrainingSettings, fit
@@ -106,7 +106,7 @@ class MixupStudy(Settings):
         """{OOD set: its group}."""
         return {**dict.fromkeys(self.near, "near"), **dict.fromkeys(self.far, "far")}
 
-# %% ../nbs/45_label_mixup_study.ipynb #606b8ba5
+# %% ../nbs/45_label_mixup_study.ipynb #e5a2b513
 def _smoke() -> MixupStudy:
     return MixupStudy(
         tier="smoke", id="digits", near=("glyphs",), far=("photos", "noise"), real=("photos", "train"), side=8,
@@ -126,8 +126,8 @@ def _laptop() -> MixupStudy:
         denoiser=ConditionalSettings(widths=(16, 32, 64), attention=(False, False, True)),
         generator=TrainingSettings(steps=2000, batch_size=64, precision="fp32"),
         recipe=Recipe(per_pair=40),
-        classifier=ClassifierSettings(augment="shift", outlier_batch_size=32),
-        training=TrainingSettings(steps=500, batch_size=64, learning_rate=0.1, warmup=25, optimiser="sgd", ema=0.0,
+        classifier=ClassifierSettings(outlier_batch_size=32),
+        training=TrainingSettings(steps=800, batch_size=64, learning_rate=0.1, warmup=25, optimiser="sgd", ema=0.0,
                                   weight_decay=5e-4, clip=5.0, precision="bf16"),
         repeated=("softmax", "cosface", "arcface", "adacos"))
 
@@ -234,7 +234,7 @@ class MixupRun:
             raise FileNotFoundError("no OOD set at hand: " + "; ".join(missing.values()))
         return found
 
-# %% ../nbs/45_label_mixup_study.ipynb #ffb4d501
+# %% ../nbs/45_label_mixup_study.ipynb #9ee0bdf5
 _GENERATOR_CODE = (train_conditional, build_conditional_unet, Discrete, fit)
 _SYNTHESIS_CODE = (synthesise, orders, mixed_vectors, for_classes, ClassBound, sample, inpaint_composited, SampleNoise,
                    Denoiser.noise, Denoiser.clean)
@@ -254,7 +254,7 @@ def generator_of(run: MixupRun) -> Denoiser:
 
         stage = run.stages.run("train-generator", make, code=_GENERATOR_CODE, settings={
             "denoiser": study.denoiser.to_dict(), "training": study.generator.to_dict(), "images": images.content})
-        return Denoiser.from_pretrained(stage.folder)
+        return Denoiser.from_pretrained(stage.folder).to(best_device())
 
     return run.once("generator", find)
 
