@@ -6,7 +6,7 @@
 __all__ = ['paper_detector', 'paper_distances', 'paper_mapped', 'paper_scores', 'paper_cell', 'paper_cells', 'layer_cells',
            'layers_not_run', 'Way', 'ways', 'compiled_denoiser', 'time_way', 'throughput_cells']
 
-# %% ../nbs/48b_fast_controls.ipynb #8be39909
+# %% ../nbs/48b_fast_controls.ipynb #9a01940b
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from .denoisers import Denoiser
-from .fast_lmd import (FastRun, Score, detector_of, features_of, functions_of, layer_functions, network_of,
-                               pairs_at_hand, reference_of, selected, tested_distances, write_cell)
+from .fast_lmd import (FastRun, Score, detector_of, features_of, functions_of, kinds_like, layer_functions,
+                               network_of, pairs_at_hand, reference_of, selected, tested_distances, write_cell)
 from .images import to_unit
 from .lift_map_detect import KINDS, LiftMapDetect, fit_reference, reduce_by_hole
 from .lmd_study import _MAP_CODE, Mapped, evaluations_per_second, prepared, weights_digest
@@ -128,7 +128,7 @@ def paper_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
                                   study.paper_images, study.fit_images, seed))
     return written
 
-# %% ../nbs/48b_fast_controls.ipynb #1e48641f
+# %% ../nbs/48b_fast_controls.ipynb #f6f116d6
 def layer_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     """Receipts of every pair and layer, raw and relative, on the default's holes ("fast_layers")."""
     study, written = run.fast, []
@@ -136,7 +136,8 @@ def layer_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     for id_set, ood in pairs_at_hand(run):
         names = ("mse", *layer_functions(run, network_of(run, id_set, "conditional")))
         written += [write_cell(run, "fast_layers", id_set, ood, variant, Score(default.family, name, kind), names,
-                               study.layer_images, study.layer_images, seed) for name in names for kind in KINDS]
+                               study.layer_images, study.layer_images, seed)
+                    for name in names for kind in kinds_like(default.kind)]
     return written
 
 

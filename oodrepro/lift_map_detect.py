@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'COMBINATIONS', 'check_images', 'simplicity', 'Reference', 'fit_reference', 'Explanation', 'LMDOptions',
            'check_holes', 'LiftMapDetect', 'reduce_by_hole']
 
-# %% ../nbs/43_lift_map_detect.ipynb #f16adc0f
+# %% ../nbs/43_lift_map_detect.ipynb #0a2baf6a
 import bz2
 import hashlib
 import math
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from .denoisers import Denoiser, pretrained_folder
 from .distances import distance_function
 from .figures import image_grid
-from .masks import hole_masks, mask_of_repetition
+from .masks import family_masks, mask_of_repetition
 from .sampling import check_network, inpaint, network_evaluations
 from .settings import Settings, derive_seed
 from .stages import progress, read_json, write_json
@@ -141,7 +141,7 @@ class Explanation:
         return image_grid(torch.stack(images), row_labels=[f"score {self.score:.3g}"],
                           column_labels=[*labels, "distance"])
 
-# %% ../nbs/43_lift_map_detect.ipynb #14efa1b5
+# %% ../nbs/43_lift_map_detect.ipynb #552762de
 @dataclass(frozen=True)
 class LMDOptions(Settings):
     """How LMD masks, maps and measures.
@@ -150,7 +150,7 @@ class LMDOptions(Settings):
     distance="lpips-alex", reduce="median": 10,000 network evaluations an image. The defaults here cost 40.
     """
 
-    mask: str | tuple = "checkerboard_alt"  # one of masks.MASKS, or holes, see masks.hole_masks
+    mask: str | tuple = "checkerboard_alt"  # one of masks.MASKS, or holes, see masks.family_masks
     blocks: int = 7             # squares an edge, for the checkerboards
     patch: int = 4              # pixels, for "random"
     hidden: float = 0.5         # share, for "random"
@@ -177,7 +177,7 @@ class LMDOptions(Settings):
                                             for repetition in range(self.repeats)])}
         if not self.mask:
             raise ValueError("mask is an empty tuple: name at least one hole, such as 'board-4'")
-        return {hole: hole_masks(hole, side).repeat(self.repeats, 1, 1) for hole in self.mask}
+        return {hole: family_masks(hole, side).repeat(self.repeats, 1, 1) for hole in self.mask}
 
 # %% ../nbs/43_lift_map_detect.ipynb #5f4c4f97
 def check_holes(denoiser: Denoiser, options: LMDOptions):

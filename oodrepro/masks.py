@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'FAMILIES', 'TRAINING_SHARES', 'checkerboard', 'center', 'random_mask', 'mask_of_repetition', 'hole_masks',
-           'training_masks']
+           'family_masks', 'training_masks']
 
 # %% ../nbs/14_masks.ipynb #890eb21c
 import math
@@ -84,7 +84,13 @@ def hole_masks(hole: str, side: int) -> torch.Tensor:
     row = torch.arange(side) // size % 2
     return torch.stack([((row[:, None] == down) & (row == right)).float() for down in (0, 1) for right in (0, 1)])
 
-# %% ../nbs/14_masks.ipynb #3b8bd7ed
+# %% ../nbs/14_masks.ipynb #d5fe30ff
+def family_masks(hole: str, side: int) -> torch.Tensor:
+    """`hole_masks`, or for "half-4" the first phase of "board-4" alone: (m, side, side) float, 1 = known."""
+    kind, _, size = hole.partition("-")
+    return hole_masks(f"board-{size}", side)[:1] if kind == "half" else hole_masks(hole, side)
+
+# %% ../nbs/14_masks.ipynb #d2ef2e40
 TRAINING_SHARES = (("board", 0.45), ("squares", 0.4), ("center", 0.05), ("everything", 0.1))
 
 

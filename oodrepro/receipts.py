@@ -23,12 +23,13 @@ from .metrics import evaluate
 from .settings import Settings, code_state, environment, stable_hash
 from .stages import atomic_path
 
-# %% ../nbs/13_receipts.ipynb #c39b94f6
+# %% ../nbs/13_receipts.ipynb #b6b5913f
 SCHEMA = 1
 PAPERS = ("ddpm_label_mixup", "oal", "lmd", "side_by_side")
 TIERS = ("smoke", "laptop", "gpu", "paper")
 SETS = ("mnist", "kmnist", "fashion_mnist", "cifar10", "cifar100", "gtsrb", "tinyimagenet", "textures", "svhn",
-        "digits", "glyphs", "photos", "noise", "rotated", "shuffled")  # the last two: ID images, spoilt
+        "digits", "glyphs", "photos", "noise",
+        "rotated", "shuffled", "blurred", "inverted", "blended")  # ID images, spoilt
 RECORDED = ("auroc", "fpr95", "fpr95_id_positive", "aupr_in", "aupr_out")  # computed from the scores
 # Fields that a paper's rows and columns must have beside the sets; None: any text.
 EXTRA_FIELDS = MappingProxyType({

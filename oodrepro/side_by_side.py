@@ -6,7 +6,7 @@
 __all__ = ['NETWORKS', 'Network', 'network_named', 'SideStudy', 'side_study', 'SideRun', 'network_of', 'scored', 'milliseconds',
            'evaluations', 'preparation', 'write_network', 'everything', 'chosen_elsewhere', 'plan']
 
-# %% ../nbs/56_side_by_side.ipynb #b9486f84
+# %% ../nbs/56_side_by_side.ipynb #28ce5a6b
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .denoisers import pretrained_folder
 from .fast_lmd import FastRun, FastStudy, Score, detector_of, fast_study
 from .images import ImageSet, split, subset, to_unit
 from .label_mixup_study import Case, MixupRun, MixupStudy, classified, label_mixup_study
-from .lift_map_detect import LiftMapDetect
+from .lift_map_detect import COMBINATIONS, LiftMapDetect
 from .lmd_study import LMDRun, denoiser_of, squeezenet_weights, weights_digest
 from .oal_study import FIXED, OALRun, OALStudy, Trial, oal_study, training_named, trial_stage
 from .receipts import write_receipt
@@ -61,7 +61,7 @@ def network_named(name: str) -> Network:
             return network
     raise ValueError(f"unknown network {name!r}; known: {', '.join(network.name for network in NETWORKS)}")
 
-# %% ../nbs/56_side_by_side.ipynb #538a20e0
+# %% ../nbs/56_side_by_side.ipynb #4e1ce16d
 @dataclass(frozen=True)
 class SideStudy(Settings):
     """Everything that decides a number of the comparison at one tier."""
@@ -89,9 +89,8 @@ def side_study(tier: str) -> SideStudy:
     near, far = (tuple((name, "test") for name in names) for names in (mixup.near, mixup.far))
     oal = replace(oal_study(tier), held_out=(), near=near, far=far, counts=())
     if tier == "smoke":
-        return SideStudy(tier, mixup, oal, fast, Score(("board-1", "board-2"), "mse", "relative"), 200, 150, 800, 40, 20)
-    holes = fast.main.holes
-    score = Score((holes[2], holes[4]), "mse", "relative")  # the default chosen in 47_fast_lmd
+        return SideStudy(tier, mixup, oal, fast, Score(("board-1", "board-2"), "mse", "relative-any"), 200, 150, 800, 40, 20)
+    score = Score(fast.families[-1], "mse", "relative-any")  # the default chosen in 47_fast_lmd
     return SideStudy(tier, mixup, oal, fast, score, 500 if tier == "laptop" else 2000, 300, 5000, 100)
 
 # %% ../nbs/56_side_by_side.ipynb #8747a458
@@ -124,7 +123,7 @@ class SideRun:
         """{OOD set: its group} of those at hand."""
         return self.mixup.oods
 
-# %% ../nbs/56_side_by_side.ipynb #bc422a38
+# %% ../nbs/56_side_by_side.ipynb #557f9098
 def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
     """Where the weights of a classifier lie, trained now if they do not."""
     cases = {"cross-entropy": Case(), "label mixup, softmax": Case(outliers="mixup"),
@@ -137,8 +136,9 @@ def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
 
 def _painter(run: SideRun, name: str, seed: int) -> LiftMapDetect:
     """LMD as its Table 1 has it, or its fast form, fitted on held-out in-distribution images."""
-    study, shipped = run.study, f"fast-lmd-{run.study.id}"
+    study, shipped, combine = run.study, f"fast-lmd-{run.study.id}", "mean"
     if name == "fast LMD":
+        combine = COMBINATIONS[study.fast_score.kind.endswith("-any")]
         folder = pretrained_folder(shipped)
         detector = LiftMapDetect.from_pretrained(shipped) if folder and (folder / "detector.json").is_file() else \
             detector_of(run.fast, study.id, study.fast_score, fitted=False)
@@ -147,7 +147,7 @@ def _painter(run: SideRun, name: str, seed: int) -> LiftMapDetect:
         distance = "squeezenet-features" if weights and "squeezenet-features" in study.fast.lmd.distances else "mse"
         detector = LiftMapDetect(denoiser_of(run.lmd, study.id), distance, weights, study.fast.lmd.batch_size, relative=True,
                                  reduce=study.fast.lmd.reduce, seed=seed, **study.fast.lmd.main.to_dict())
-    return detector.fit(run.held_out())
+    return detector.fit(run.held_out(), combine)
 
 
 def network_of(run: SideRun, name: str, seed: int):

@@ -157,11 +157,13 @@ def over_seeds(claims: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], # {claim
     table.attrs = {"recipe": recipe, "facts": _facts(every, [metric], None)}
     return table
 
-# %% ../nbs/49_summaries.ipynb #a4947a7f
+# %% ../nbs/49_summaries.ipynb #bf8ea011
 def ranking(receipts: pd.DataFrame, # receipts with an array, a list of names and a list of prices of candidates
             first: int = 12, # lines
-            chosen: str = "") -> pd.DataFrame: # candidate to mark; shown even if it is not among the first
-    """Candidates by their mean AUROC over the receipts, with the least; `ValueError` if receipts list others."""
+            chosen: str = "", # candidate to mark; shown even if it is not among the first
+            within: float = 0.0, # a price that no candidate may exceed; 0: any
+            without: Sequence[str] = ()) -> pd.DataFrame: # candidates that name one of these do not take part
+    """Candidates by their mean rank over the receipts, with mean and least AUROC; `ValueError` if receipts differ."""
     if not len(receipts) or "candidates" not in receipts or receipts["candidates"].isna().any():
         raise ValueError("a ranking needs receipts with the field 'candidates' and an array of that name")
     names, prices = receipts["candidates"].iloc[0], receipts["prices"].iloc[0]
@@ -173,15 +175,21 @@ def ranking(receipts: pd.DataFrame, # receipts with an array, a list of names an
     for path in receipts["path"]:
         arrays = load_scores(path)
         areas.append([auroc(column, arrays["is_ood"]) for column in arrays["candidates"].T])
-    table = pd.DataFrame({"candidate": list(names), "nfe_per_image": list(prices), "mean": np.mean(areas, 0),
-                          "least": np.min(areas, 0)}).sort_values("mean", ascending=False, kind="stable")
+    part = np.array([(not within or price <= within) and not any(word in name.split() for word in without)
+                     for name, price in zip(names, prices)])
+    areas = np.array(areas)[:, part]
+    ranks = pd.DataFrame(areas).rank(axis=1, ascending=False).mean()
+    table = pd.DataFrame({"candidate": np.array(names)[part], "nfe_per_image": np.array(prices)[part], "rank": ranks,
+                          "mean": areas.mean(0), "least": areas.min(0)})
+    table = table.sort_values(["rank", "nfe_per_image"], kind="stable")
     table = table[(np.arange(len(table)) < first) | (table["candidate"] == chosen)].reset_index(drop=True)
     table["chosen"] = ["yes" if name == chosen else "" for name in table["candidate"]]
-    table.attrs = {"recipe": {"kind": "ranking", "first": first, "chosen": chosen, "runs": sorted(receipts["run"])},
+    table.attrs = {"recipe": {"kind": "ranking", "first": first, "chosen": chosen, "within": within,
+                              "without": list(without), "runs": sorted(receipts["run"])},
                    "facts": _facts(receipts, ["auroc"], None)}
     return table
 
-# %% ../nbs/49_summaries.ipynb #3656d04b
+# %% ../nbs/49_summaries.ipynb #5e52b4b9
 def _the_runs(receipts: pd.DataFrame, runs: Sequence[str]) -> pd.DataFrame:
     """The receipts of `runs`, in that order; `ValueError` names those that are missing."""
     absent = sorted(set(runs) - set(receipts["run"]))
@@ -203,5 +211,6 @@ def made_again(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame: # receipts
                   for one in recipe["claims"]}
         return over_seeds(claims, recipe["metric"], recipe["margin"], recipe["over"], recipe["level"])
     if recipe["kind"] == "ranking":
-        return ranking(_the_runs(receipts, recipe["runs"]), recipe["first"], recipe["chosen"])
+        return ranking(_the_runs(receipts, recipe["runs"]), recipe["first"], recipe["chosen"], recipe["within"],
+                       recipe["without"])
     raise ValueError(f"unknown kind of table {recipe['kind']!r}; known: pivot, paired, over_seeds, ranking")
