@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'code_fingerprint', 'code_name', 'file_digest', 'sweep', 'StageBusy',
-           'Stage', 'claim', 'duration', 'Stages', 'unmatched_force', 'progress']
+           'Stage', 'claim', 'duration', 'BriefLog', 'Stages', 'unmatched_force', 'progress']
 
 # %% ../nbs/01_stages.ipynb #535ccdf5
 import ast
@@ -348,7 +348,23 @@ def _replace(plan: Stage, make) -> Stage:
     shutil.rmtree(old, ignore_errors=True)
     return replace(plan, content=manifest["content"], seconds=manifest["seconds"], manifest=manifest)
 
-# %% ../nbs/01_stages.ipynb #49c2c16a
+# %% ../nbs/01_stages.ipynb #5916ba56
+class BriefLog:
+    """A log that counts reused stages and prints every other line at once; as a text it says how many."""
+
+    def __init__(self):
+        self.reused = 0
+
+    def __call__(self, line: str):
+        if line.endswith(": reused"):
+            self.reused += 1
+        else:
+            print(line, flush=True)
+
+    def __str__(self) -> str:
+        return f"{self.reused} times a finished stage was reused"
+
+# %% ../nbs/01_stages.ipynb #0bdc8fb4
 class Stages:
     """Cached, resumable, atomic steps below one folder; every reuse and every rerun is explained in the log."""
 
@@ -390,7 +406,7 @@ class Stages:
         self.done.append(stage)
         return stage
 
-# %% ../nbs/01_stages.ipynb #9808785d
+# %% ../nbs/01_stages.ipynb #d46bbc43
 def _logged(plan: Stage, make, log) -> Stage:
     """`_replace`, telling `log` why it starts and how it ended."""
     unmade = [label for label, content in plan.manifest["input_contents"].items() if content is None]
@@ -412,7 +428,7 @@ def unmatched_force(stages: Stages) -> list[str]:
     """Names given to `force` that no stage of this run bore: a spelling mistake, most likely."""
     return sorted(set(stages.force) - {stage.name for stage in stages.done})
 
-# %% ../nbs/01_stages.ipynb #1d4ad9ee
+# %% ../nbs/01_stages.ipynb #3e8c097b
 def _at_a_screen() -> bool:
     """Whether somebody is watching: a terminal, or a notebook that a person has open."""
     if os.environ.get("OODREPRO_HEADLESS") == "1":
@@ -468,7 +484,7 @@ class _Lines:
     def __exit__(self, *problem):
         self.close()
 
-# %% ../nbs/01_stages.ipynb #18ccbdd1
+# %% ../nbs/01_stages.ipynb #cf678f86
 def progress(iterable=None, desc: str = "", total: int | None = None, unit: str = "it",
              interval: float = 30.0, # seconds between plain lines
              initial: int = 0): # done in an earlier session; not counted in the rate
