@@ -417,7 +417,7 @@ def find(name: str, split: str | None = None, root=None, size: int | None = None
         f"\ninto {data_root(root) / name}, or run `oodrepro data get {name}`. Another place is chosen by root= or by "
         "the environment variable OODREPRO_DATA.")
 
-# %% ../nbs/10_datasets.ipynb #a6557f46
+# %% ../nbs/10_datasets.ipynb #30bfc5f3
 def _published(name: str, split: str, root, size: int | None) -> ImageSet:
     """One official split of a published set."""
     entry = info(name)
@@ -447,14 +447,17 @@ def _openood(name: str, split: str, root, size: int | None) -> ImageSet:
     return replace(whole.take(whole.extra[column] == wanted), split=split)
 
 
+_DIVIDED = ("test_as_train", "test_heldout", "half_as_train", "half_heldout")
+
+
 def _held_out(whole: ImageSet, split: str) -> ImageSet:
-    """A seeded division of a test set: four fifths are `test_as_train`, one fifth `test_heldout`."""
+    """A seeded division of a test set: `_as_train` trains, `_heldout`, a fifth or a half, is tested."""
     order = torch.randperm(len(whole), generator=generator("held out", whole.name)).numpy()
-    fifth = len(whole) // 5
-    chosen = order[:fifth] if split == "test_heldout" else order[fifth:]
+    held = len(whole) // {"test": 5, "half": 2}[split.partition("_")[0]]
+    chosen = order[:held] if split.endswith("_heldout") else order[held:]
     return replace(whole.take(np.sort(chosen)), split=split)
 
-# %% ../nbs/10_datasets.ipynb #9ab025a5
+# %% ../nbs/10_datasets.ipynb #bc3239d8
 def load(name: str, split: str = "test", root=None, size: int | None = None) -> ImageSet:
     """The images of a split of an embedded or published set.
 
@@ -473,7 +476,7 @@ def load(name: str, split: str = "test", root=None, size: int | None = None) -> 
     entry = info(name)
     if split == "test" and "test" not in dict(entry.splits):
         split = entry.default_split
-    if split in ("test_as_train", "test_heldout") and "test" in dict(entry.splits):
+    if split in _DIVIDED and "test" in dict(entry.splits):
         return _held_out(_published(name, "test", root, size), split)
     if split.startswith("openood"):
         return _openood(name, split, root, size)

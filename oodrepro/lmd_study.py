@@ -6,10 +6,10 @@
 __all__ = ['EXAMPLES', 'Cells', 'Variant', 'LMDStudy', 'lmd_study', 'prepared', 'Mapped', 'LMDRun', 'training_of',
            'shipped_denoiser', 'weights_digest', 'trained_denoiser', 'denoiser_of', 'squeezenet_weights', 'images_of',
            'distance_functions', 'map_images', 'measured', 'scores_of', 'write_cell', 'candidates', 'rows_at_hand',
-           'choose_score', 'table1', 'ablations', 'neighbour_fill', 'controls', 'suite', 'cost', 'plan',
+           'choose_score', 'table1', 'ablations', 'neighbour_fill', 'controls', 'suite', 'cost', 'plan_of', 'plan',
            'evaluations_per_second']
 
-# %% ../nbs/44_lmd_study.ipynb #2c2e260e
+# %% ../nbs/44_lmd_study.ipynb #ab4f3a2c
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .lift_map_detect import KINDS, LiftMapDetect, fit_reference, reduce_by_hole
 from .masks import hole_masks, mask_of_repetition
 from .receipts import write_receipt
 from .sampling import SampleNoise, inpaint, inpaint_composited, inpaint_em
-from .settings import Settings, generator, stable_hash
+from .settings import Settings, best_device, generator, stable_hash
 from .stages import Stages, atomic_path, read_json
 from .suites import Suite, resize, to_channels
 from .training import TrainingSettings, fit
@@ -99,7 +99,7 @@ class LMDStudy(Settings):
         raise ValueError(f"{id_set!r} is no in-distribution set of tier {self.tier}; known: "
                          f"{', '.join(cells.id for cells in self.rows)}")
 
-# %% ../nbs/44_lmd_study.ipynb #4f8cdaa8
+# %% ../nbs/44_lmd_study.ipynb #132272c2
 def _other_masks(main: Variant, blocks: tuple) -> tuple:
     """The mask ablation: alternating boards of other sizes, a fixed board, the centre, random tokens."""
     return (*(replace(main, blocks=number) for number in blocks),
@@ -158,11 +158,11 @@ def _paper() -> LMDStudy:
 
 
 def _gpu() -> LMDStudy:
-    main = Variant(blocks=8, sampler="ddpm", steps=50, repeats=10)
+    main = Variant(blocks=8, repeats=10)
     return replace(
-        _paper(), tier="gpu", main=main, distances=("mse", "ssim", "denoiser-features"),
+        _paper(), tier="gpu", main=main, distances=("mse", "ssim", "denoiser-features", "squeezenet-features"),
         training=TrainingSettings(steps=20_000, batch_size=128, learning_rate=2e-4, warmup=1000, ema=0.9999,
-                                  checkpoint_every=500),
+                                  checkpoint_every=250),
         masks=_other_masks(main, (4, 16)), batch_size=2048)
 
 
@@ -181,7 +181,7 @@ def prepared(images: ImageSet, side: int, channels: int) -> ImageSet:
     """The set at the study's size and channels: grey repeated or colour made grey, resized bilinearly (28 -> 32)."""
     return resize(to_channels(images, channels), side)
 
-# %% ../nbs/44_lmd_study.ipynb #615f5ba3
+# %% ../nbs/44_lmd_study.ipynb #b9a07e8a
 _MAP_CODE = (LiftMapDetect.reconstruct, LiftMapDetect.measure, mask_of_repetition, hole_masks, inpaint, inpaint_em,
              inpaint_composited, SampleNoise, SubVP, Discrete, Denoiser.noise, Denoiser.clean, mse, ssim,
              FeatureDistance, denoiser_features, squeezenet_features, distance_function)
@@ -202,8 +202,10 @@ class Mapped:
 class LMDRun:
     """The stages of an `LMDStudy` below `root`: results/<tier>/lmd, figures/<tier>/lmd and runs/<tier>/lmd/cache."""
 
-    def __init__(self, study: LMDStudy, root: Path | str, data_root: Path | str | None = None, force=(), log=print):
+    def __init__(self, study: LMDStudy, root: Path | str, data_root: Path | str | None = None, force=(), log=print,
+                 only=()): # in-distribution sets to run; none: all
         self.study, self.root, self.data_root, self.log = study, Path(root), data_root or None, log
+        self.only = tuple(study.row(name).id for name in only)
         self.stages = Stages(self.root / "runs" / study.tier / "lmd" / "cache", force=force, log=log)
         self.results = self.root / "results" / study.tier / "lmd"
         self.figures = self.root / "figures" / study.tier / "lmd"
@@ -226,9 +228,12 @@ class LMDRun:
         return whole.take(np.sort(order[first:first + count].numpy()))
 
     def missing(self) -> dict[tuple, str]:
-        """{(id, ood): why} for the cells whose data are not at hand."""
+        """{(id, ood): why} for the cells whose data are not at hand, or that are not to be run."""
         reasons = {}
         for cells in self.study.rows:
+            if self.only and cells.id not in self.only:
+                reasons |= dict.fromkeys(((cells.id, ood) for ood in cells.oods), "another part of this tier")
+                continue
             for ood in cells.oods:
                 for name, split in ((cells.id, cells.train_split), (cells.id, cells.test_split), (ood, "test")):
                     try:
@@ -239,7 +244,7 @@ class LMDRun:
                         break
         return reasons
 
-# %% ../nbs/44_lmd_study.ipynb #3ffe6eaa
+# %% ../nbs/44_lmd_study.ipynb #a33f519f
 def training_of(study: LMDStudy, id_set: str) -> tuple[DenoiserSettings, TrainingSettings]:
     """How the denoiser of a row is built and trained."""
     cells = study.row(id_set)
@@ -288,7 +293,7 @@ def trained_denoiser(run: LMDRun, name: str, # what it ships as, such as "lmd-mn
             "denoiser": settings.to_dict(), "training": training.to_dict(), "set": id_set, "images": chosen,
             "side": study.side, "channels": study.channels})
         found = Denoiser.from_pretrained(stage.folder)
-    run.denoisers[name] = found
+    run.denoisers[name] = found.to(best_device())
     return found
 
 
@@ -505,7 +510,7 @@ def suite(run: LMDRun, id_set: str) -> Suite:
     return Suite(run.chosen(id_set, id_set, 0, count),
                  far={ood: run.chosen(ood, id_set, 0, count) for ood in dict(rows_at_hand(run))[id_set]})
 
-# %% ../nbs/44_lmd_study.ipynb #24b53140
+# %% ../nbs/44_lmd_study.ipynb #3834f396
 def cost(run: LMDRun, seeds: tuple = (0,)) -> pd.DataFrame:
     """One line per training and mapping that the study asks for: images, network evaluations of an image."""
     study, missing, lines = run.study, run.missing(), []
@@ -529,14 +534,18 @@ def cost(run: LMDRun, seeds: tuple = (0,)) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["stage", "denoiser", "what", "images", "evaluations"])
 
 
-def plan(tier: str, seeds: list, root: Path | str, data_root: Path | str | None = None) -> list[str]:
-    """What a run at `tier` would do, in lines of text; `oodrepro reproduce lmd --dry-run` prints them."""
-    run = LMDRun(lmd_study(tier), root, data_root, log=lambda line: None)
+def plan_of(run: LMDRun, seeds: list) -> list[str]:
+    """What a run would do, in lines of text."""
     table = cost(run, tuple(seeds))
     lines = [f"settings {run.study.hash}; network evaluations of one image, counted:"]
     lines += [f"  {row.stage:5} {row.denoiser:13} {row.what:55} {row.evaluations:>14,}" for row in table.itertuples()]
     lines += [f"  not run: {ood} against {id_set}: {why}" for (id_set, ood), why in run.missing().items()]
     return [*lines, f"  {'in all':75} {table.evaluations.sum():>14,}"]
+
+
+def plan(tier: str, seeds: list, root: Path | str, data_root: Path | str | None = None) -> list[str]:
+    """The plan of the study at `tier`; `oodrepro reproduce lmd --dry-run` prints it."""
+    return plan_of(LMDRun(lmd_study(tier), root, data_root, log=lambda line: None), seeds)
 
 
 def evaluations_per_second(denoiser: Denoiser, batch_size: int = 256) -> float:

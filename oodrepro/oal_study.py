@@ -10,7 +10,7 @@ __all__ = ['FAITHFUL', 'FIXED', 'MODES', 'TRAININGS', 'FULL', 'Mode', 'switched'
            'scores_of', 'trial_stage', 'trials_of', 'write_rows', 'everything', 'Contrast', 'contrast', 'peak_bytes',
            'price_of_outliers', 'price_of_steps', 'cost', 'plan']
 
-# %% ../nbs/46_oal_study.ipynb #009c1006
+# %% ../nbs/46_oal_study.ipynb #fc74d983
 import tempfile
 import time
 import weakref
@@ -41,7 +41,7 @@ from .losses import (CLUB, EnergyLogistic, FeatureProjector, InfoNCE, distillati
                              feature_distillation_loss)
 from .metrics import paired_difference
 from .receipts import load_scores, write_receipt
-from .settings import Settings, derive_seed, generator, stable_hash
+from .settings import Settings, best_device, derive_seed, generator, stable_hash
 from .stages import Stage, Stages, atomic_path, read_json, write_json
 from .suites import Suite, resize, to_channels
 from .training import Draw, TrainingSettings
@@ -364,7 +364,7 @@ def check_teacher(teacher, images: torch.Tensor, classes: int) -> int:
                          f"are (n, width) and (n, {classes}): fine-tune it on these {classes} classes first")
     return features.shape[1]
 
-# %% ../nbs/46_oal_study.ipynb #5fdcf163
+# %% ../nbs/46_oal_study.ipynb #9611b207
 class Lessons(NamedTuple):
     """The teacher's answers to the training images as they are, in their order."""
 
@@ -399,8 +399,9 @@ def teacher_of(run: OALRun):
 
 def lessons_of(run: OALRun) -> Lessons:
     """The teacher's features and logits of all training images."""
-    train, teacher = train_set(run), teacher_of(run)
-    check_teacher(teacher, to_unit(train.images[:2]), len(train.classes))
+    train, device = train_set(run), best_device()
+    teacher = teacher_of(run).to(device)
+    check_teacher(teacher, to_unit(train.images[:2]).to(device), len(train.classes))
     found = run.once("lessons", lambda: detectors.extract(teacher, to_unit(train.images)))
     return Lessons(found.features, found.logits)
 
