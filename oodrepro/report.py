@@ -26,14 +26,15 @@ from .receipts import RECORDED, TIERS, check, load_scores, read_receipts
 from .stages import atomic_path
 from .summaries import made_again
 
-# %% ../nbs/51_report.ipynb #542c2514
+# %% ../nbs/51_report.ipynb #01a1a81f
 _NAMES = MappingProxyType({
     "mnist": "MNIST", "kmnist": "KMNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tinyimagenet": "TinyImageNet", "textures": "Textures", "svhn": "SVHN",
     "celeba": "CelebA", "row_id": "ID", "column_ood": "OOD", "auroc": "AUROC", "fpr95": "FPR95",
     "fpr95_id_positive": "FPR95 (ID positive)", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out",
     "id_accuracy": "ID accuracy", "nfe_per_image": "network evaluations per image", "lmd": "LMD", "oal": "OAL",
-    "ddpm_label_mixup": "DDPM label mix-up"})
+    "ddpm_label_mixup": "DDPM label mix-up",
+    "fast_lmd": "Fast LMD", "lmd_colour": "LMD in colour", "side_by_side": "Side by side"})
 
 
 def label(name) -> str:
@@ -554,7 +555,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #903d8b5a
+# %% ../nbs/51_report.ipynb #9dc1047d
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -594,10 +595,11 @@ footer { margin: 3rem 0 2rem; }
     border-bottom: 1px solid var(--line); }
   .comparison td { border: 0; padding: 0; text-align: left; }
   .comparison td::before { content: attr(data-name); display: block; color: var(--soft); font-size: .72rem; }
-  .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; } }
+  .comparison td.wide { flex-basis: 100%; } .comparison td.wide::before { display: none; }
+  .glance :is(th, td):is(:nth-child(3), :nth-child(5)) { display: none; } td.wide { min-width: 6rem; } }
 """
 
-# %% ../nbs/51_report.ipynb #95d7f97f
+# %% ../nbs/51_report.ipynb #9fab2599
 def _story(path: Path) -> dict:
     """What `figures.save` wrote beside a figure; nothing if it did not."""
     try:
@@ -628,6 +630,8 @@ def _card(path: Path, first: bool) -> str: # path: a table's Markdown
     fragment = path.with_suffix(".html")
     text = (fragment.read_text(encoding="utf-8") if fragment.is_file()
             else f"<h4>{html.escape(path.stem)}</h4><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
+    if 'class="verdict' in text:  # a table that is judged is stacked on a phone, lest its verdicts lie out of sight
+        text = text.replace("<table>", "<table class=comparison>")
     rows, title = text.count("<tr>") - 1, re.search(r"<h4>(.*?)</h4>", text)
     if rows > _LONG and not first:
         text = f"<details><summary>{title[1] if title else html.escape(path.stem)}: {rows} rows</summary>{text}</details>"
@@ -728,7 +732,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #9167bdcd
+# %% ../nbs/51_report.ipynb #85de5721
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
@@ -751,7 +755,7 @@ holds the score of every single image.</p>
 </div></header>
 <main>
 <h2>At a glance</h2>
-<div class="card scroll"><table>
+<div class="card scroll"><table class="glance">
 <thead><tr><th>paper</th><th>tier</th><th class="number">receipts</th><th>verdicts</th><th>check</th></tr></thead>
 <tbody>{"".join(rows for _, rows, _ in papers.values())}</tbody></table></div>
 <p class="soft">Only values that are certainly a paper's own are judged; claims are judged by paired
