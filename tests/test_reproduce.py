@@ -252,7 +252,11 @@ def test_every_paper_is_cited_in_the_repository():
     assert citation["cff-version"] == "1.2.0"
     references = {item["title"]: item for item in citation["references"]}
     for paper in reproduce.PAPERS:
-        fields, reference = dict(paper.fields), references[paper.title]
+        fields = dict(paper.fields)
+        if paper.kind == "software":  # this project's own comparison is cited as the project
+            assert paper.title == citation["title"] and fields["version"] == citation["version"]
+            continue
+        reference = references[paper.title]
         assert int(fields["year"]) == reference["year"]
         assert fields["eprint"] in json.dumps(reference)
         assert [name.split(",")[0] for name in fields["author"].split(" and ")] \
