@@ -28,7 +28,7 @@ export JUPYTER_RUNTIME_DIR := $(abspath $(VENV))/home/jupyter-runtime
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TIER=$(TIER) SEEDS=$(SEEDS) ROOT=$(ROOT) PAPERS=$(PAPERS) JOBS=$(JOBS)"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TIER=$(TIER) SEEDS=$(SEEDS) ROOT=$(ROOT) PAPERS=$(PAPERS) JOBS=$(JOBS) RESUME=$(RESUME)"
 
 env: $(READY) ## make the virtual environment with the tested versions
 

@@ -686,7 +686,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #411a433d
+# %% ../nbs/51_report.ipynb #d917e585
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -714,7 +714,7 @@ def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
 
 
 _OURS = MappingProxyType({
-    "fast_lmd": {"name": "Fast LMD", "title": "LMD's detector for a thousandth of its evaluations: not a paper, our own "
+    "fast_lmd": {"name": "Fast LMD", "title": "LMD's detector for about a thousandth of its price: not a paper, our own "
                  "study of which part of LMD is worth its price"},
     "lmd_colour": {"name": "LMD in colour", "title": "LMD's detector on colour images, with small networks"},
     "side_by_side": {"name": "Side by side", "title": "All detectors and the usual baselines on the same images"}})

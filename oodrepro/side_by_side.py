@@ -165,9 +165,12 @@ def _digest(run: SideRun, name: str, seed: int) -> str:
         return f"{weights_digest(detector.denoiser)} {detector.options.hash}"
     return file_digest(_classifier_folder(run, name, seed) / "classifier.safetensors")
 
-# %% ../nbs/56_side_by_side.ipynb #46af3641
+# %% ../nbs/56_side_by_side.ipynb #a2ef8230
 def _fitted(run: SideRun, name: str, seed: int) -> dict[str, detectors.Detector]:
-    """{score: detector} of a classifier, fitted where needed."""
+    """{score: detector} of a classifier, fitted where needed, once."""
+    key = (name, seed, "fitted")
+    if key in run.loaded:
+        return run.loaded[key]
     classifier, train = network_of(run, name, seed), run.mixup.images(run.study.id, "train")
     bank = subset(train, min(run.study.bank, len(train)))
     known = detectors.extract(classifier, to_unit(bank.images), torch.from_numpy(bank.labels))
@@ -176,6 +179,7 @@ def _fitted(run: SideRun, name: str, seed: int) -> dict[str, detectors.Detector]
     for detector in found.values():
         if detector.requires_fit:
             detector.fit_extracted(known)
+    run.loaded[key] = found
     return found
 
 
@@ -183,11 +187,9 @@ def _scores(run: SideRun, name: str, seed: int, images: torch.Tensor) -> tuple[d
     """{score: (n,)} of images (n, c, h, w) in [-1, 1], and the classes that a classifier gives them."""
     if network_named(name).paper == "lmd":
         return {"lmd": network_of(run, name, seed).predict(images).numpy()}, None
-    fitted = run.loaded.setdefault((name, seed, "fitted"), None) or _fitted(run, name, seed)
-    run.loaded[name, seed, "fitted"] = fitted
     seen = detectors.extract(network_of(run, name, seed), images)
     return {score: (detector.predict(images) if score == "odin" else detector.predict_extracted(seen)).numpy()
-            for score, detector in fitted.items()}, seen.logits.argmax(1).numpy()
+            for score, detector in _fitted(run, name, seed).items()}, seen.logits.argmax(1).numpy()
 
 
 def scored(run: SideRun, name: str, seed: int) -> dict[str, np.ndarray]:
@@ -270,9 +272,9 @@ def preparation(study: SideStudy, classes: int) -> pd.DataFrame:
              "LMD": (0, _steps(replace(lmd.training, steps=steps))), "fast LMD": (0, _steps(study.fast.training))}
     return pd.DataFrame.from_dict(lines, orient="index", columns=["classifier", "diffusion"]).rename_axis("network")
 
-# %% ../nbs/56_side_by_side.ipynb #c764cd55
+# %% ../nbs/56_side_by_side.ipynb #ea751a20
 def write_network(run: SideRun, name: str, seed: int, prices: dict) -> list[Path]: # prices: from `milliseconds`
-    """A receipt for each score and OOD set of one network."""
+    """A receipt for each score and OOD set of one network; its seconds are the price of an image, times the images."""
     study, network, arrays, written = run.study, network_named(name), scored(run, name, seed), []
     known, passes = run.images(study.id), preparation(study, len(np.unique(run.mixup.images(study.id, "train").labels)))
     for ood, group in run.oods.items():

@@ -98,7 +98,7 @@ def executed_over_source(root: Path) -> list[str]:
 def relative_paths(root: Path) -> list[str]:
     """Literal paths in notebooks: nbdev_test, papermill and JupyterLab each have another working folder."""
     openers = {"Path", "open", "read_csv", "read_json", "load", "loadtxt", "imread", "read_text", "mkdir", "savefig"}
-    machine = re.compile(r"^(/home/|/root/|/tmp/|/work/|/mnt/|/Users/|[A-Z]:\\|~/)")
+    machine = re.compile(r"^(/(?!some/|proc/)[\w.-]+/|[A-Z]:\\|~/)")
     looks_like_file = re.compile(r"^\.{1,2}(/|$)|^[\w-]+/[\w./-]+$"
                                  r"|^[^/].*\.(csv|json|npz|npy|png|svg|pt|pth|yaml|txt|safetensors)$")
     found = []
