@@ -193,7 +193,10 @@ def test_the_command_there_and_back(tmp_path, monkeypatch, capsys):
     study = tiny_colour(tmp_path).study
     monkeypatch.setitem(slices._STUDIES, "lmd_colour", (lambda tier: study, ColourRun))
     work = ["lmd_colour", "--tier", "smoke", "--root", str(tmp_path / "there")]
-    assert main(["run", *work, "--minutes", "0.0002", "--only", "^train"]) == 3  # a second at least
+    bomb = Interrupting(monkeypatch)
+    bomb.switch(True)
+    assert main(["run", *work, "--minutes", "10", "--only", "^train"]) == 3
+    bomb.switch(False)
     assert main(["run", *work]) == 0 and "nothing is left" in capsys.readouterr().out
     assert main(["pack", *work, "--out", str(tmp_path / "back"), "--limit", "0.2"]) == 0
     assert main(["read", str(tmp_path / "back"), "--out", str(tmp_path / "home")]) == 0
