@@ -941,10 +941,11 @@ def price_of_steps(run: OALRun, names: Sequence[str] = ("ce_longer", "kd", "oal"
         lines.append({"training": name, "seconds per step": record["train_seconds"] / steps, "peak bytes": peak})
     return pd.DataFrame(lines)
 
-# %% ../nbs/46_oal_study.ipynb #dfff1543
-def cost(study: OALStudy, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+# %% ../nbs/46_oal_study.ipynb #544040fb
+def cost(study: OALStudy, seeds: Sequence[int] = (0,),
+         trials: Sequence[Trial] = ()) -> pd.DataFrame: # (): all of the study
     """Optimiser steps and network evaluations that the study asks for, in the order in which they are spent."""
-    trials = [trial for seed in seeds for _, trial in trials_of(study, seed)]
+    trials = trials or [trial for seed in seeds for _, trial in trials_of(study, seed)]
     most, guided = max(study.synthesis.count, *study.counts, 1), 2 if study.synthesis.guidance > 1 else 1
     latents = {(trial.mode.order, trial.mode.swap, trial.mode.per_vector) for trial in trials if trial.mode}
     lines = [("teacher", study.lessons.steps, "steps"), ("autoencoder", study.autoencoder.steps, "steps"),

@@ -26,7 +26,7 @@ from .receipts import RECORDED, TIERS, check, load_scores, read_receipts
 from .stages import atomic_path
 from .summaries import made_again
 
-# %% ../nbs/51_report.ipynb #01a1a81f
+# %% ../nbs/51_report.ipynb #084f20b3
 _NAMES = MappingProxyType({
     "mnist": "MNIST", "kmnist": "KMNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "gtsrb": "GTSRB", "tinyimagenet": "TinyImageNet", "textures": "Textures", "svhn": "SVHN",
@@ -34,7 +34,8 @@ _NAMES = MappingProxyType({
     "fpr95_id_positive": "FPR95 (ID positive)", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out",
     "id_accuracy": "ID accuracy", "nfe_per_image": "network evaluations per image", "lmd": "LMD", "oal": "OAL",
     "ddpm_label_mixup": "DDPM label mix-up",
-    "fast_lmd": "Fast LMD", "lmd_colour": "LMD in colour", "side_by_side": "Side by side"})
+    "fast_lmd": "Fast LMD", "lmd_colour": "LMD in colour", "side_by_side": "Side by side",
+    "openood": "CIFAR-10 in OpenOOD's frame"})
 
 
 def label(name) -> str:
@@ -686,7 +687,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #d917e585
+# %% ../nbs/51_report.ipynb #c9e674de
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -717,7 +718,9 @@ _OURS = MappingProxyType({
     "fast_lmd": {"name": "Fast LMD", "title": "LMD's detector for about a thousandth of its price: not a paper, our own "
                  "study of which part of LMD is worth its price"},
     "lmd_colour": {"name": "LMD in colour", "title": "LMD's detector on colour images, with small networks"},
-    "side_by_side": {"name": "Side by side", "title": "All detectors and the usual baselines on the same images"}})
+    "side_by_side": {"name": "Side by side", "title": "All detectors and the usual baselines on the same images"},
+    "openood": {"name": "CIFAR-10 in OpenOOD's frame", "title": "Label mixup and OAL with the sets, lists and groups of "
+                "OpenOOD v1.5"}})
 
 
 def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[str, str, str]:
@@ -732,7 +735,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #85de5721
+# %% ../nbs/51_report.ipynb #d384afe5
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
@@ -769,7 +772,7 @@ laptop, real data and small networks; gpu, near-paper networks; paper, the paper
 """
 
 
-_ORDER = ("ddpm_label_mixup", "oal", "lmd", "lmd_colour", "fast_lmd", "side_by_side")
+_ORDER = ("ddpm_label_mixup", "oal", "openood", "lmd", "lmd_colour", "fast_lmd", "side_by_side")
 
 
 def _reproduced(root: Path) -> list[str]:

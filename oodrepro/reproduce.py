@@ -44,7 +44,7 @@ class Paper:
         lines = [f"  {name} = {{{value}}}," for name, value in self.fields]
         return "\n".join([f"@{self.kind}{{{self.key},", *lines, "}"])
 
-# %% ../nbs/60_reproduce.ipynb #b2e6d027
+# %% ../nbs/60_reproduce.ipynb #147c70d2
 _LMD = Paper("lmd", "3_lmd.ipynb", "oodrepro.lmd_study", "liu2023unsupervised", "inproceedings", (
     ("title", "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting"),
     ("author", "Liu, Zhenzhen and Zhou, Jin Peng and Wang, Yufan and Weinberger, Kilian Q."),
@@ -65,7 +65,13 @@ PAPERS = (
     replace(_LMD, name="lmd_colour", notebook="3c_lmd_colour.ipynb", module="oodrepro.lmd_colour"),
     Paper("side_by_side", "4_side_by_side.ipynb", "oodrepro.side_by_side", "oodrepro", "software", (
         ("title", "oodrepro: a reproducible companion to three papers on out-of-distribution detection with diffusion models"),
-        ("author", "{The oodrepro authors}"), ("year", "2026"), ("version", oodrepro.__version__))))
+        ("author", "{The oodrepro authors}"), ("year", "2026"), ("version", oodrepro.__version__))),
+    Paper("openood", "5_openood_cifar10.ipynb", "oodrepro.openood_frame", "zhang2023openood", "misc", (
+        ("title", "{OpenOOD} v1.5: Enhanced Benchmark for Out-of-Distribution Detection"),
+        ("author", "Zhang, Jingyang and Yang, Jingkang and Wang, Pengyun and Wang, Haoqi and Lin, Yueqian and Zhang, Haoran and "
+                   "Sun, Yiyou and Du, Xuefeng and Zhou, Kaiyang and Zhang, Wayne and Li, Yixuan and Liu, Ziwei and "
+                   "Chen, Yiran and Li, Hai"), ("year", "2023"), ("eprint", "2306.09301"), ("archiveprefix", "arXiv"),
+        ("primaryclass", "cs.CV"))))
 
 
 def notebook_folder() -> Path:

@@ -163,6 +163,9 @@ print(json.dumps([oodrepro.__file__, done, sorted({name.split(".")[0] for name i
     assert not {"nbdev", "fastcore", "pytest"} & set(loaded)
 
 
+AGAIN = ("lmd", "oal")  # run a second time, from the cache; in a fresh environment all are
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("paper", list(available_papers()) or [pytest.param(None, marks=pytest.mark.skip("no paper yet"))])
 def test_papers_from_an_empty_folder(paper, installed, empty_folder):
@@ -180,6 +183,8 @@ def test_papers_from_an_empty_folder(paper, installed, empty_folder):
     page = next((root / "runs" / "smoke" / paper).glob("*.html")).read_text()
     assert requests_of(page) == []
     assert sorted(path.name for path in empty_folder.iterdir()) == ["oodrepro-runs"]
+    if not FRESH and paper not in AGAIN:
+        return
     scores = {path.name: json.loads(path.read_text())["metrics"] for path in receipts}
     start = time.perf_counter()
     call(command, "reproduce", paper, "--tier", "smoke", cwd=empty_folder, env=environment)
