@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'GREY', 'style', 'Picture', 'round_data', 'save', 'image_grid', 'histograms', 'roc_curves',
            'curve_with_band', 'intervals', 'quality_against_price', 'value_grid']
 
-# %% ../nbs/02_figures.ipynb #24191462
+# %% ../nbs/02_figures.ipynb #332f7e9e
 import hashlib
 import io
 import re
@@ -20,6 +20,7 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from .stages import atomic_path, write_json
@@ -330,7 +331,7 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], # {label: (value, 
             axes.text(1, s=f"\u25c7 {reference_name}", color=PALETTE[1], ha="right", **heading)
     return figure
 
-# %% ../nbs/02_figures.ipynb #d9739088
+# %% ../nbs/02_figures.ipynb #d23e2371
 def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(price, value, low, high), ...]}
                           xlabel: str, ylabel: str) -> Figure: # say units and direction
     """Values with intervals over a logarithmic price, one line per name, named at its right end."""
@@ -338,7 +339,7 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
         raise ValueError("quality_against_price needs at least one point per name")
     with style():
         figure = Picture(6.4, 3.4)
-        axes, ends = figure.add_subplot(), []
+        axes, ends, marks = figure.add_subplot(), [], []
         for number, (name, points) in enumerate(groups.items()):
             price, value, low, high = (_finite(name, column) for column in zip(*sorted(points)))
             if (price <= 0).any():
@@ -346,17 +347,29 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
             colour, places = PALETTE[number % len(PALETTE)], round_data(price * 1.012**number)  # side by side, not atop
             axes.errorbar(places, value, [np.maximum(value - low, 0), np.maximum(high - value, 0)], color=colour, marker="o",
                           markersize=4, linewidth=1.4, elinewidth=1, capsize=0)
-            ends.append((name, places[-1], value[-1], colour))
-        low, high = axes.get_ylim()
-        heights = _spread([value for _, _, value, _ in ends], gap=(high - low) * 0.055)
-        for (name, place, _, colour), height in zip(ends, heights):
-            axes.annotate(name, (place, round_data(height)), xytext=(9, 0), textcoords="offset points", color=colour,
-                          va="center", fontweight="bold")
+            ends.append((name, places[-1], value[-1], colour, low[-1]))
+            marks += list(zip(places, value))
+        gap = np.ptp(axes.get_ylim()) * 0.055
+        word = {"textcoords": "offset points", "fontweight": "bold",
+                "path_effects": [withStroke(linewidth=2, foreground="white")]}
+        beside = []
+        for name, place, value, colour, below in ends:
+            if any(place * 1.1 < x < place * 3 and abs(y - value) < gap for x, y in marks):  # the name would hide a point
+                axes.annotate(name, (place, round_data(below)), xytext=(-4, -4), color=colour, va="top", **word)
+            else:
+                beside.append((name, place, value, colour))
+        heights = _spread([value for _, _, value, _ in beside], gap) if beside else []
+        for (name, place, _, colour), height in zip(beside, heights):
+            axes.annotate(name, (place, round_data(height)), xytext=(9, 0), color=colour, va="center", **word)
         prices = sorted({float(point[0]) for points in groups.values() for point in points})
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
         axes.margins(x=0.12)
         if len(prices) <= 8 and all(price == round(price) for price in prices):  # counts, which a reader wants to see
-            axes.set_xticks(prices, [f"{price:g}" for price in prices])
+            words = [f"{price:g}" for price in prices]
+            for place in range(1, len(prices)):
+                if prices[place] < 1.25 * prices[place - 1] and not words[place - 1].startswith("\n"):
+                    words[place] = "\n" + words[place]  # too near to stand beside the one before
+            axes.set_xticks(prices, words)
             axes.minorticks_off()
     return figure
 
