@@ -183,7 +183,7 @@ def _with_averages(lines: list[dict], keys: Sequence[str]) -> list[dict]:
     names = {keys[0]: f"mean of the {len(ran)} run", **dict.fromkeys(keys[1:], "")}
     return [*lines, _judge({**dict.fromkeys(_COMPARISON), **names, **_average(ran), "metric": ran[0]["metric"]})]
 
-# %% ../nbs/51_report.ipynb #728c7770
+# %% ../nbs/51_report.ipynb #b2f86ee7
 def _columns(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -197,6 +197,7 @@ def compare(receipts: pd.DataFrame, # from read_receipts, filtered to one experi
             tolerance: float | None = None, # instead of the published file's
             list_missing: bool = True, # keep published cells that were not run
             average: bool = False, # add the mean over the cells that were run
+            beside: Sequence[str] = (), # other folders of results/<tier> whose receipts take part in the table
             level: float = 0.95) -> pd.DataFrame:
     """One line per cell: paper, ours, difference, interval, seeds, verdict, and where each comes from."""
     keys = _columns(rows) + _columns(columns)
@@ -228,6 +229,7 @@ def compare(receipts: pd.DataFrame, # from read_receipts, filtered to one experi
         "average": average, "level": level, "runs": sorted(run for cell in measured.values() for run in cell["runs"]),
         "not_run": (sorted([list(_columns(key)), text] for key, text in reasons.items()) if reasons
                     else str(not_run or ""))}
+    result.attrs["recipe"] |= {"beside": _columns(beside)} if beside else {}
     return result
 
 # %% ../nbs/51_report.ipynb #bf34151a
@@ -483,7 +485,7 @@ def table_paths(folder) -> list[Path]:
             return math.inf
     return sorted(Path(folder).glob("*.md"), key=lambda path: (place(path), path.name))
 
-# %% ../nbs/51_report.ipynb #15f03886
+# %% ../nbs/51_report.ipynb #376e3945
 def _compared_again(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
     """`compare` with the arguments that a recipe holds."""
     reasons = recipe["not_run"]
@@ -493,6 +495,7 @@ def _compared_again(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
     known = published_numbers(recipe["paper"]) if recipe["paper"] else None
     options = {name: recipe[name] for name in ("table", "metric", "rows", "columns", "tolerance", "list_missing",
                                                "average", "level")}
+    options["beside"] = recipe.get("beside", ())
     return compare(chosen.dropna(axis="columns", how="all"), known, not_run=reasons, **options)
 
 
@@ -526,9 +529,10 @@ def check_tables(folder) -> list[str]:
             recipe = _recipe(path)
             if recipe is None:
                 raise ValueError("it has no recipe; make it with report.compare, summaries.pivot or summaries.paired")
-            if path.parent not in pools:
-                pools[path.parent] = read_receipts(path.parent)
-            table = rebuild(recipe, pools[path.parent])
+            folders = (path.parent, *(path.parent.parent / Path(name).name for name in recipe.get("beside", ())))
+            if folders not in pools:
+                pools[folders] = pd.concat([read_receipts(one) for one in folders], ignore_index=True)
+            table = rebuild(recipe, pools[folders])
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             lines.append(f"{path}: cannot be made again: {error}")
             continue
@@ -546,7 +550,7 @@ def verify(results) -> tuple[list[str], str]: # a results folder
     receipts = sum(not path.name.startswith(".") for path in Path(results).rglob("*.json"))
     return lines, f"{len(RECORDED) * receipts} metrics of {receipts} receipts and {tables} tables, recomputed"
 
-# %% ../nbs/51_report.ipynb #efb69619
+# %% ../nbs/51_report.ipynb #91e35eee
 _COLOURS = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #fff; --ink: #1d2530; --soft: #5c6673; --line: #dfe2e6;
   --accent: #0b5cad; --good: #17663a; --good-ground: #dff3e6; --near: #7a5200; --near-ground: #fdf0d0;
@@ -556,7 +560,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #9dc1047d
+# %% ../nbs/51_report.ipynb #f6278989
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -600,7 +604,7 @@ footer { margin: 3rem 0 2rem; }
   .glance :is(th, td):is(:nth-child(3), :nth-child(5)) { display: none; } td.wide { min-width: 6rem; } }
 """
 
-# %% ../nbs/51_report.ipynb #9fab2599
+# %% ../nbs/51_report.ipynb #4a14d6c6
 def _story(path: Path) -> dict:
     """What `figures.save` wrote beside a figure; nothing if it did not."""
     try:
@@ -651,7 +655,7 @@ def _glance(tables: str) -> str:
     chips = [f'<span class="verdict {kind}">{n} {words[kind]}</span>' for kind, n in counts.items() if n]
     return " ".join(chips) or "–"
 
-# %% ../nbs/51_report.ipynb #966571c6
+# %% ../nbs/51_report.ipynb #37777583
 def _duration(seconds: float) -> str:
     """Seconds as a reader says them."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -687,7 +691,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #c9e674de
+# %% ../nbs/51_report.ipynb #07719e09
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -735,7 +739,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #d384afe5
+# %% ../nbs/51_report.ipynb #1d98de31
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())
