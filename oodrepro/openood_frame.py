@@ -22,7 +22,7 @@ from .settings import Settings
 from .summaries import over_seeds
 from .training import TrainingSettings
 
-# %% ../nbs/56b_openood_frame.ipynb #c7c63ad0
+# %% ../nbs/56b_openood_frame.ipynb #05f7ffcf
 @dataclass(frozen=True)
 class FrameStudy(Settings):
     """Both papers' studies in one frame."""
@@ -55,13 +55,13 @@ def _laptop() -> FrameStudy:
     mixup = replace(
         label_mixup_study.label_mixup_study("paper"), tier="laptop", test_images=1000, accuracy_images=3000,
         denoiser=ConditionalSettings(flip=True), generator=TrainingSettings(steps=2000, batch_size=64),
-        recipe=Recipe(per_pair=40), classifier=seen, training=steps(1500, 0.1),
+        recipe=Recipe(per_pair=40), classifier=seen, training=steps(1000, 0.1),
         losses=("softmax", "arcface"), repeated=("softmax", "arcface"),
         controls=("unmixed", "pixel_mixup"), control_losses=("softmax",), sweep=(), mixes=())
     plain = seen.but(outlier_batch_size=0)
     oal = replace(
-        oal_study.oal_study("paper"), tier="laptop", far=_far(), test_images=1000, start=steps(1500, 0.1), further=steps(300, 0.01),
-        lessons=steps(2500, 0.1), classifier=plain, teacher=plain, boundary=BoundarySettings(rounds=5),
+        oal_study.oal_study("paper"), tier="laptop", far=_far(), test_images=1000, start=steps(1200, 0.1), further=steps(300, 0.01),
+        lessons=steps(2000, 0.1), classifier=plain, teacher=plain, boundary=BoundarySettings(rounds=5),
         latent=LatentSettings(width=128, autoencoder_widths=(16, 32, 32)), autoencoder=adam(300), unet=adam(600),
         synthesis=SynthesisSettings(count=300, steps=20, guidance=3.0), counts=(), switches=False, bank=5000)
     return FrameStudy("laptop", mixup, oal, named=_PLACES)
