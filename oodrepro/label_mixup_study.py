@@ -190,7 +190,7 @@ def shared_source(study: MixupStudy, kind: str, ood: str) -> bool:
     """Whether outliers of `kind` come from the source of the test set `ood`, so that the cell is only a ceiling."""
     return kind == ood == "noise" or kind == "real" and study.real[0] == ood
 
-# %% ../nbs/45_label_mixup_study.ipynb #ca45806d
+# %% ../nbs/45_label_mixup_study.ipynb #97749547
 class MixupRun:
     """The stages of a `MixupStudy` below `root`: results, figures and runs, each with <tier>/ddpm_label_mixup."""
 
@@ -215,19 +215,24 @@ class MixupRun:
             self._images[name, split] = resize(to_channels(found, self.study.channels), self.study.side)
         return self._images[name, split]
 
+    def split(self, name: str) -> str:
+        """The official list that holds the test images of a set."""
+        return dict(self.study.splits).get(name, "test")
+
     def test(self, name: str, count: int = 0) -> ImageSet: # count: 0 for the study's number
         """The test images of a set: a seeded subset, part of any larger one."""
-        whole = self.images(name, dict(self.study.splits).get(name, "test"))
+        whole = self.images(name, self.split(name))
         return subset(whole, min(count or self.study.test_images, len(whole)))
 
     def missing(self) -> dict[str, str]:
-        """{OOD set: why} for those whose data are not at hand."""
-        reasons = {}
-        for ood in self.study.oods:
+        """{set: why} for those whose data are not at hand: OOD sets, the ID set, the source of real outliers."""
+        study, reasons = self.study, {}
+        asked = [(study.id, "train"), *((name, self.split(name)) for name in (study.id, *study.oods))]
+        for name, split in (*asked, *([study.real] if "real" in study.controls else [])):
             try:
-                self.test(ood)
+                self.images(name, split)
             except FileNotFoundError:
-                reasons[ood] = f"data not at hand: {ood}"
+                reasons.setdefault(name, f"data not at hand: {name} {split}")
         return reasons
 
     @property
@@ -285,7 +290,7 @@ def synthetic(run: MixupRun, mix: str) -> Outliers:
 
     return run.once(("synthetic", mix), find)
 
-# %% ../nbs/45_label_mixup_study.ipynb #03dfa1ad
+# %% ../nbs/45_label_mixup_study.ipynb #73656835
 def pixel_mixup(images: ImageSet, pairs: Sequence[tuple[int, int]], per_pair: int, seed: int) -> np.ndarray:
     """Means of `per_pair` random images of one class and of another, for each pair: uint8 (n, h, w, c)."""
     members = {label: np.flatnonzero(images.labels == label) for pair in pairs for label in pair}
@@ -308,7 +313,11 @@ def outliers_of(run: MixupRun, case: Case) -> ImageSet | None:
     if case.outliers == "none":
         return None
     if case.outliers == "real":
-        return subset(run.images(*study.real), min(count, len(run.images(*study.real))), seed)
+        foreign = run.images(*study.real)
+        if len(foreign) < count:
+            raise ValueError(f"{count} real outliers are asked for, but {' '.join(study.real)} has {len(foreign)} images; "
+                             "lower recipe.per_pair or name another set")
+        return subset(foreign, count, seed)
     images = {"unmixed": lambda: synthetic(run, "single").images,
               "pixel_mixup": lambda: pixel_mixup(train, pairs, study.recipe.per_pair, seed),
               "noise": lambda: to_channels(embedded.noise("train", study.side, count), study.channels).images,
@@ -395,10 +404,12 @@ def _read_looked(folder: Path, names: list, outliers: int) -> Looked:
         logits, cosines = ({name: arrays[f"{kind} {name}"] for name in names} for kind in ("logits", "cosines"))
     return Looked(logits, cosines, facts["accuracy"], facts["seconds"], facts["looking"], outliers, folder)
 
-# %% ../nbs/45_label_mixup_study.ipynb #da325287
+# %% ../nbs/45_label_mixup_study.ipynb #02b84ce8
 def gate(run: MixupRun, case: Case, k: int = 10, reference: int = 2000) -> pd.DataFrame:
     """`label_mixup.quality` of every outlier of a case; the classes of a pair are -1 for kinds without any."""
     study, train, shown = run.study, run.images(run.study.id, "train"), outliers_of(run, case)
+    if shown is None:
+        raise ValueError("a case without outliers has none to look at; choose outliers from " + ", ".join(KINDS[1:]))
     classifier, _ = load_classifier(classified(run, Case(), 0).folder)
     some = subset(train, min(reference, len(train)))
     found, held, own = (extract(classifier, images.images) for images in (shown, run.test(study.id), some))
