@@ -24,7 +24,7 @@ export IPYTHONDIR := $(abspath $(VENV))/home/ipython
 export JUPYTER_CONFIG_DIR := $(abspath $(VENV))/home/jupyter
 export JUPYTER_RUNTIME_DIR := $(abspath $(VENV))/home/jupyter-runtime
 
-.PHONY: help env reproduce report check figures doctor lab sync lint nbtest test test-wheel test-interop clean distclean
+.PHONY: help env reproduce report check tables figures doctor lab sync lint nbtest test test-wheel test-interop clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ report: $(READY) ## one page from the receipts below ROOT; ROOT=. for the commit
 
 check: $(READY) ## recompute every committed metric and table from the committed scores
 	@$(BIN)/oodrepro check --root .
+
+tables: $(READY) ## write every committed table again from its receipts
+	@$(BIN)/oodrepro tables --root .
 
 figures: $(READY) ## draw every committed figure of scores again from its receipts
 	@$(BIN)/oodrepro figures --root .

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['label', 'verdict', 'compare', 'is_comparison', 'present', 'grid', 'conventions', 'to_markdown', 'to_latex', 'to_html',
-           'write_tables', 'table_paths', 'rebuild', 'check_tables', 'verify', 'write_report']
+           'write_tables', 'table_paths', 'rebuild', 'check_tables', 'verify', 'renew_tables', 'write_report']
 
-# %% ../nbs/51_report.ipynb #604aadb0
+# %% ../nbs/51_report.ipynb #eceecd13
 import base64
 import html
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -292,7 +292,7 @@ def grid(table: pd.DataFrame, # from compare
     cells.columns = [f"OOD: {label(name)}" if column == "column_ood" else label(name) for name in cells.columns]
     return cells
 
-# %% ../nbs/51_report.ipynb #00cb08ec
+# %% ../nbs/51_report.ipynb #43309c9b
 _MEANING = MappingProxyType({
     "auroc": "AUROC, OOD is the positive class and a larger score means more OOD (the same with both exchanged)",
     "fpr95": "FPR95, OOD is the positive class: share of ID at or above the first threshold that 95 % of OOD reach",
@@ -319,6 +319,14 @@ def _sources(table: pd.DataFrame, certainty: str) -> list[str]:
     return [source for source in dict.fromkeys(found) if source != _MEAN]
 
 
+def _with_fewer(fewer: Mapping[str, Sequence[int]]) -> list[str]:
+    """Rows that have not all seeds, those with the same seeds together."""
+    groups = {}
+    for row, seeds in fewer.items():
+        groups.setdefault(tuple(seeds), []).append(" / ".join(label(word) for word in row.split(" / ")))
+    return [f"{', '.join(rows)}: {', '.join(map(str, seeds))}" for seeds, rows in groups.items()]
+
+
 def _own_conventions(facts: dict) -> list[str]:
     """The same for a table of `summaries`: our numbers alone."""
     seeds, several = ", ".join(map(str, facts["seeds"])), len(facts["seeds"]) > 1
@@ -327,8 +335,9 @@ def _own_conventions(facts: dict) -> list[str]:
     return [*(f"{_MEANING[name]}; fractions, not percent." for name in facts["metrics"] if name in _MEANING),
             f"Ours: tier {', '.join(facts['tiers'])}; ID:OOD images in a cell {' or '.join(facts['counts'])}; "
             + (f"mean over seeds {seeds}{spread}." if several else f"seed {seeds}."),
-            *([f"Interval: {facts['interval']}, of the paired difference on the same images, DeLong."]
-              if "interval" in facts else [])]
+            *([f"Fewer seeds: {'; '.join(_with_fewer(facts['fewer']))}."] if facts["fewer"] else []),
+            *([f"Interval: {facts['interval']}, of the paired difference on the same images, DeLong"
+               + ("; joined with Student's over seeds." if several else ".")] if "interval" in facts else [])]
 
 
 def conventions(table: pd.DataFrame) -> list[str]:
@@ -437,7 +446,7 @@ def to_html(table: pd.DataFrame, notes: Sequence[str] | None = None, title: str 
         lines += ['<ul class="conventions">', *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     return "\n".join([*lines, "</section>"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #59789a27
+# %% ../nbs/51_report.ipynb #dc2346ff
 def _write_text(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -445,6 +454,19 @@ def _write_text(path: Path, text: str) -> Path:
 
 
 _RENDERERS = MappingProxyType({".md": to_markdown, ".tex": to_latex, ".html": to_html})
+
+
+def _write_table(markdown: Path, table: pd.DataFrame, title: str, notes: Sequence[str] | None, place: int) -> list[Path]:
+    """A table in all its renderings, the Markdown with its recipe."""
+    written = []
+    for suffix, render in _RENDERERS.items():
+        text = render(table, notes, title)
+        if suffix == ".md" and "recipe" in table.attrs:
+            recipe = {**table.attrs["recipe"], "title": title, "place": place,
+                      "notes": None if notes is None else list(notes)}
+            text += f"\n<!-- recipe {json.dumps(recipe, sort_keys=True)} -->\n"
+        written.append(_write_text(markdown.with_suffix(suffix), text))
+    return written
 
 
 def write_tables(results_folder, # e.g. results/laptop/lmd
@@ -459,14 +481,8 @@ def write_tables(results_folder, # e.g. results/laptop/lmd
     for place, (name, table) in enumerate(tables.items()):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"table name {name!r} becomes a file name: use letters, digits, dot, dash, underscore")
-        title, below = (titles or {}).get(name, ""), (notes or {}).get(name)
-        for suffix, render in _RENDERERS.items():
-            text = render(table, below, title)
-            if suffix == ".md" and "recipe" in table.attrs:
-                recipe = {**table.attrs["recipe"], "title": title, "place": place,
-                          "notes": None if below is None else list(below)}
-                text += f"\n<!-- recipe {json.dumps(recipe, sort_keys=True)} -->\n"
-            written.append(_write_text(Path(results_folder) / f"{name}{suffix}", text))
+        written += _write_table(Path(results_folder) / f"{name}.md", table, (titles or {}).get(name, ""), (notes or {}).get(name),
+                                place)
     return written
 
 
@@ -485,7 +501,7 @@ def table_paths(folder) -> list[Path]:
             return math.inf
     return sorted(Path(folder).glob("*.md"), key=lambda path: (place(path), path.name))
 
-# %% ../nbs/51_report.ipynb #376e3945
+# %% ../nbs/51_report.ipynb #52323574
 def _compared_again(recipe: dict, receipts: pd.DataFrame) -> pd.DataFrame:
     """`compare` with the arguments that a recipe holds."""
     reasons = recipe["not_run"]
@@ -518,13 +534,11 @@ def _differences(path: Path, again: str) -> list[str]:
     return lines
 
 
-def check_tables(folder) -> list[str]:
-    """Make every table below `folder` again from its recipe and receipts; one line per difference, none if all is well.
-    """
-    lines, owned, pools = [], set(), {}
+def _made_again(folder) -> Iterator[tuple[Path, dict, pd.DataFrame | Exception]]:
+    """(Markdown, recipe, table) of every table below `folder`; in the place of a table what kept it from being made."""
+    pools = {}
     for path in sorted(Path(folder).rglob("*.md")):
-        files = {suffix: path.with_suffix(suffix) for suffix in _RENDERERS}
-        owned |= set(files.values())
+        recipe = {}
         try:
             recipe = _recipe(path)
             if recipe is None:
@@ -532,12 +546,23 @@ def check_tables(folder) -> list[str]:
             folders = (path.parent, *(path.parent.parent / Path(name).name for name in recipe.get("beside", ())))
             if folders not in pools:
                 pools[folders] = pd.concat([read_receipts(one) for one in folders], ignore_index=True)
-            table = rebuild(recipe, pools[folders])
+            found = rebuild(recipe, pools[folders])
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            lines.append(f"{path}: cannot be made again: {error}")
+            found = error
+        yield path, recipe, found
+
+
+def check_tables(folder) -> list[str]:
+    """Make every table below `folder` again from its recipe and receipts; one line per difference, none if all is well.
+    """
+    lines, owned = [], set()
+    for path, recipe, table in _made_again(folder):
+        owned |= {path.with_suffix(suffix) for suffix in _RENDERERS}
+        if isinstance(table, Exception):
+            lines.append(f"{path}: cannot be made again: {table}")
             continue
         for suffix, render in _RENDERERS.items():
-            lines += _differences(files[suffix], render(table, recipe["notes"], recipe["title"]))
+            lines += _differences(path.with_suffix(suffix), render(table, recipe["notes"], recipe["title"]))
     strays = sorted(path for suffix in (".tex", ".html") for path in Path(folder).rglob(f"*{suffix}")
                     if path not in owned)
     return lines + [f"{path}: a table without its Markdown, which holds the recipe" for path in strays]
@@ -550,7 +575,24 @@ def verify(results) -> tuple[list[str], str]: # a results folder
     receipts = sum(not path.name.startswith(".") for path in Path(results).rglob("*.json"))
     return lines, f"{len(RECORDED) * receipts} metrics of {receipts} receipts and {tables} tables, recomputed"
 
-# %% ../nbs/51_report.ipynb #91e35eee
+# %% ../nbs/51_report.ipynb #1748426d
+def renew_tables(folder) -> list[Path]: # a results folder
+    """Write every table below `folder` anew from its recipe and receipts; those that were changed are returned.
+
+    `ValueError` names the tables that cannot be made again, and then nothing is written.
+    """
+    found = list(_made_again(folder))
+    failed = [f"{path}: {table}" for path, _, table in found if isinstance(table, Exception)]
+    if failed:
+        raise ValueError("nothing was written, since these cannot be made again:\n" + "\n".join(failed))
+    changed = []
+    for path, recipe, table in found:
+        before = path.read_text(encoding="utf-8")
+        _write_table(path, table, recipe["title"], recipe["notes"], recipe["place"])
+        changed += [path] if path.read_text(encoding="utf-8") != before else []
+    return changed
+
+# %% ../nbs/51_report.ipynb #7f705d68
 _COLOURS = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #fff; --ink: #1d2530; --soft: #5c6673; --line: #dfe2e6;
   --accent: #0b5cad; --good: #17663a; --good-ground: #dff3e6; --near: #7a5200; --near-ground: #fdf0d0;
@@ -560,7 +602,7 @@ _COLOURS = """
   --bad: #f5a3a3; --bad-ground: #4a1d1d; --plain: #2a323b; } }
 """
 
-# %% ../nbs/51_report.ipynb #f6278989
+# %% ../nbs/51_report.ipynb #8769e68b
 _LAYOUT = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, Roboto, sans-serif; }
@@ -604,7 +646,7 @@ footer { margin: 3rem 0 2rem; }
   .glance :is(th, td):is(:nth-child(3), :nth-child(5)) { display: none; } td.wide { min-width: 6rem; } }
 """
 
-# %% ../nbs/51_report.ipynb #4a14d6c6
+# %% ../nbs/51_report.ipynb #94e3c035
 def _story(path: Path) -> dict:
     """What `figures.save` wrote beside a figure; nothing if it did not."""
     try:
@@ -655,7 +697,7 @@ def _glance(tables: str) -> str:
     chips = [f'<span class="verdict {kind}">{n} {words[kind]}</span>' for kind, n in counts.items() if n]
     return " ".join(chips) or "–"
 
-# %% ../nbs/51_report.ipynb #37777583
+# %% ../nbs/51_report.ipynb #df219e3f
 def _duration(seconds: float) -> str:
     """Seconds as a reader says them."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -691,7 +733,7 @@ def _receipts_html(receipts: pd.DataFrame, here: Path) -> str:
             f'<details><summary>All {len(receipts)} receipts</summary><div class="scroll"><table>'
             f'<thead><tr>{heads}</tr></thead><tbody>{"</tr>".join(rows)}</tr></tbody></table></div></details>')
 
-# %% ../nbs/51_report.ipynb #07719e09
+# %% ../nbs/51_report.ipynb #ae19f561
 def _section(root: Path, here: Path, paper: str, tier: str) -> tuple[str, str]:
     """One paper at one tier: its line for the overview, and its section."""
     results = root / "results" / tier / paper
@@ -739,7 +781,7 @@ def _paper(root: Path, here: Path, paper: str, tiers: Sequence[str]) -> tuple[st
     body = f'<section id="{paper}"><h2>{html.escape(facts["name"])}</h2>{about}{body}</section>'
     return facts["name"], "".join(row for row, _ in parts), body
 
-# %% ../nbs/51_report.ipynb #1d98de31
+# %% ../nbs/51_report.ipynb #9c214d31
 def _page(papers: Mapping[str, tuple[str, str, str]]) -> str:
     """The whole page around the papers' names, overview lines and sections."""
     links = "".join(f'<a href="#{paper}">{html.escape(name)}</a>' for paper, (name, _, _) in papers.items())

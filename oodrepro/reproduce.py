@@ -351,7 +351,7 @@ def _show(answer) -> None:
         answer = answer.to_string(index=False)
     print("\n".join(map(str, answer)) if isinstance(answer, (list, tuple)) else answer)
 
-# %% ../nbs/60_reproduce.ipynb #df2b0bbc
+# %% ../nbs/60_reproduce.ipynb #96ef9231
 def _report(arguments) -> int:
     page = import_module("oodrepro.report").write_report(arguments.root or default_root())
     print(f"report: {page}")
@@ -363,6 +363,13 @@ def _check(arguments) -> int:
     problems, what = import_module("oodrepro.report").verify(folder)
     print("\n".join(problems) if problems else f"every number below {folder} follows from its scores: {what}")
     return 1 if problems else 0
+
+
+def _tables(arguments) -> int:
+    folder = Path(arguments.root or default_root()) / "results"
+    changed = import_module("oodrepro.report").renew_tables(folder)
+    print("\n".join([*map(str, changed), f"{len(changed)} of {len(list(folder.rglob('*.md')))} tables changed"]))
+    return 0
 
 
 def _figures(arguments) -> int:
@@ -392,7 +399,7 @@ def _cite(arguments) -> int:
     print("\n".join(dict.fromkeys(known[name].bibtex() for name in names)))  # a paper of two notebooks once
     return 0
 
-# %% ../nbs/60_reproduce.ipynb #eda99c5b
+# %% ../nbs/60_reproduce.ipynb #5c28b8dc
 def _run_options(run) -> None:
     """What `oodrepro reproduce` takes."""
     run.add_argument("papers", nargs="*", metavar="paper", help=f"{', '.join(paper.name for paper in PAPERS)}, or all")
@@ -424,11 +431,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("names", nargs="*", metavar="set")
     report = command("report", _report, "Write report/index.html from all receipts below the root.")
     check = command("check", _check, "Recompute every metric and table from the stored scores; exit 1 on any difference.")
+    tables = command("tables", _tables, "Write every table anew from its receipts.")
     pictures = command("figures", _figures, "Draw every figure again from its receipts.")
     pictures.add_argument("--check", action="store_true", help="write nothing; exit 1 if a figure differs by a bit")
     doctor = command("doctor", _doctor, "Look at this installation; exit 1 if something would go wrong.")
     command("cite", _cite, "Print BibTeX of a paper, or of all.").add_argument("papers", nargs="*", metavar="paper")
-    for sub in (run, report, check, pictures, doctor):
+    for sub in (run, report, check, tables, pictures, doctor):
         sub.add_argument("--root", help="where results/, figures/ and runs/ are (default: ./oodrepro-runs)")
     for sub in (run, data, doctor):
         sub.add_argument("--data-root", help="where data sets lie (default: OODREPRO_DATA, then the user cache)")

@@ -36,7 +36,7 @@ def _only_seeds(cells, keys: Sequence[str]) -> None:
                              f"{cell['seed'].nunique()} seeds, which differ in {', '.join(differ) or 'nothing'}; "
                              f"filter them, or add a field to {', '.join(keys)}")
 
-# %% ../nbs/49_summaries.ipynb #16acd830
+# %% ../nbs/49_summaries.ipynb #86ae6274
 def _with_price(receipts: pd.DataFrame) -> pd.DataFrame:
     """The receipts with `seconds_per_image`, the price of one image on the machine that scored it."""
     return receipts.assign(seconds_per_image=receipts["seconds"] / (receipts["n_id"] + receipts["n_ood"]))
@@ -46,7 +46,14 @@ def _facts(chosen: pd.DataFrame, values: Sequence[str], spread: float | None) ->
     """What the conventions beneath a table say; plain types, since `attrs` travel with the table."""
     counts = sorted({f"{i}:{o}" for i, o in zip(chosen["n_id"], chosen["n_ood"])})
     return {"metrics": list(values), "counts": counts, "seeds": sorted(int(seed) for seed in set(chosen["seed"])),
-            "spread": spread, "tiers": sorted(set(chosen["tier"]))}
+            "spread": spread, "tiers": sorted(set(chosen["tier"])), "fewer": {}}
+
+
+def _fewer(chosen: pd.DataFrame, rows: Sequence[str]) -> dict[str, list[int]]:
+    """{row: its seeds} for the rows of a table that have not all of its seeds."""
+    found = {" / ".join(map(_word, key)): sorted(int(seed) for seed in set(row["seed"]))
+             for key, row in chosen.groupby(list(rows), dropna=False)}
+    return {name: seeds for name, seeds in found.items() if len(seeds) < chosen["seed"].nunique()}
 
 
 def _filled(receipts: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], fill: Mapping) -> pd.DataFrame:
@@ -81,10 +88,11 @@ def pivot(receipts: pd.DataFrame, # from read_receipts, filtered, no field chang
     several = bool(metrics) and chosen["seed"].nunique() > 1
     spread = float(cells[metrics].std(ddof=1).max(axis=None)) if several else None
     table.attrs = {"recipe": {"kind": "pivot", "rows": rows, "columns": columns, "values": values,
-                              "fill": fill, "runs": sorted(chosen["run"])}, "facts": _facts(chosen, values, spread)}
+                              "fill": fill, "runs": sorted(chosen["run"])},
+                   "facts": _facts(chosen, values, spread) | {"fewer": _fewer(chosen, rows) if rows else {}}}
     return table
 
-# %% ../nbs/49_summaries.ipynb #bf39e0ce
+# %% ../nbs/49_summaries.ipynb #e4659999
 def _same_samples(first: dict, second: dict, where: str) -> None:
     if any(not np.array_equal(first[name], second[name]) for name in ("is_ood", "index")):
         raise ValueError(f"{where}: the two methods were not measured on the same samples in the same order")
@@ -93,7 +101,10 @@ def _same_samples(first: dict, second: dict, where: str) -> None:
 def paired(first: pd.DataFrame, second: pd.DataFrame, # receipts of two methods, filtered
            names: tuple[str, str], # how a reader calls them
            keys: str | Sequence[str] = ("row_id", "column_ood"), level: float = 0.95) -> pd.DataFrame:
-    """AUROC of `first` minus `second` with its paired interval, in the order of `first`; the recipe is in `attrs`."""
+    """AUROC of `first` minus `second` with its paired interval, in the order of `first`; the recipe is in `attrs`.
+
+    The interval covers the choice of images and, with several seeds, the luck of a seed.
+    """
     keys, lines, used = _names(keys), [], []
     others = {tuple(line[name] for name in (*keys, "seed")): line for line in second.to_dict("records")}
     for _, cell in first.groupby(keys, sort=False, dropna=False):
@@ -106,9 +117,11 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, # receipts of two methods,
             _same_samples(a, b, " / ".join(map(_word, key[:-1])))
             found.append(paired_difference(a["score"], b["score"], a["is_ood"], level=level))
             used.append((mine, others[key]))
-        means = {name: float(np.mean([getattr(one, name) for one in found])) for name in ("difference", "low", "high")}
-        lines.append({**{name: mine[name] for name in keys}, f"{names[0]} minus {names[1]}": means["difference"],
-                      "low": means["low"], "high": means["high"]})
+        seeds = aggregate_seeds([one.difference for one in found], level=level)
+        images = float(np.mean([one.high - one.low for one in found])) / 2
+        half = float(np.hypot(images, seeds.high - seeds.mean)) if seeds.n > 1 else images
+        lines.append({**{name: mine[name] for name in keys}, f"{names[0]} minus {names[1]}": seeds.mean,
+                      "low": seeds.mean - half, "high": seeds.mean + half})
     table = pd.DataFrame(lines)
     runs = [[pair[side]["run"] for pair in used] for side in range(2)]
     table.attrs = {"recipe": {"kind": "paired", "keys": keys, "names": list(names), "level": level, "first": runs[0],
@@ -116,7 +129,7 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, # receipts of two methods,
                    "facts": _facts(first, ["auroc"], None) | {"interval": f"{100 * level:g} %"}}
     return table
 
-# %% ../nbs/49_summaries.ipynb #d1c09213
+# %% ../nbs/49_summaries.ipynb #7f405154
 def _verdict(low: float, high: float, seeds: int, margin: float) -> str:
     """What an interval over seeds says of "better than -margin"."""
     if seeds < 3:  # with two, the interval's width is itself a matter of luck
@@ -133,13 +146,20 @@ def _claim(first: pd.DataFrame, second: pd.DataFrame, name: str, metric: str, ov
             raise ValueError(f"{name}: several receipts for seed {twice['seed'].iloc[0]} and {twice[over].iloc[0]}; "
                              "filter them to one experiment")
         sides.append(side.set_index(["seed", over])[metric].astype(float))
-    both = (sides[0] - sides[1]).dropna()
+    shared = sides[0].index.intersection(sides[1].index)
+    both = (sides[0] - sides[1]).loc[shared]
     if both.empty:
         raise ValueError(f"{name}: the two sides have no seed and {over} in common")
+    uneven = both.groupby("seed").size()
+    if uneven.nunique() > 1:  # a mean over other sets is another quantity
+        raise ValueError(f"{name}: seed {uneven.idxmin()} has {uneven.min()} values of {over} on both sides, another seed "
+                         f"{uneven.max()}; run what is missing, or leave the seed out")
     found = aggregate_seeds(both.groupby("seed").mean().to_numpy(), level=level)
+    line = {"claim": name, "difference": found.mean, "low": found.low, "high": found.high, "seeds": found.n}
+    if metric not in METRICS:  # the same for every set, such as the accuracy
+        return line
     means = both.groupby(over).mean()
-    return {"claim": name, "difference": found.mean, "low": found.low, "high": found.high, "seeds": found.n,
-            "won": f"{int((means > 0).sum())} of {len(means)}"}
+    return line | {"won": f"{int((means > 0).sum())} of {len(means)}"}
 
 
 def over_seeds(claims: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], # {claim: (receipts that should win, others)}
