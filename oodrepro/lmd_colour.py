@@ -60,7 +60,7 @@ def colour_study(tier: str) -> LMDStudy:
     pairs = tuple(pair for pair in whole.ablation_pairs if pair[0] in {cells.id for cells in rows})
     return replace(whole, rows=rows, ablation_pairs=pairs)
 
-# %% ../nbs/48_lmd_colour.ipynb #9d1c10eb
+# %% ../nbs/48_lmd_colour.ipynb #b2581ecd
 class ColourRun(LMDRun):
     """The stages of a colour study: results and figures in folders of their own, the cache shared with LMD."""
 
@@ -88,7 +88,7 @@ class ColourRun(LMDRun):
 
 
 def rows_made(study: LMDStudy, root: Path | str) -> list[str]:
-    """The in-distribution sets whose networks are finished in the cache below `root`, made here or brought from afar."""
+    """The in-distribution sets with a finished network of whatever settings in the cache below `root`, made here or elsewhere."""
     cache = Path(root) / "runs" / study.tier / "lmd" / "cache"
     return [cells.id for cells in study.rows if list(cache.glob(f"train-lmd-{cells.id}/*/stage.json"))]
 

@@ -123,7 +123,7 @@ class SideRun:
         """{OOD set: its group} of those at hand."""
         return self.mixup.oods
 
-# %% ../nbs/56_side_by_side.ipynb #557f9098
+# %% ../nbs/56_side_by_side.ipynb #f1f045ae
 def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
     """Where the weights of a classifier lie, trained now if they do not."""
     cases = {"cross-entropy": Case(), "label mixup, softmax": Case(outliers="mixup"),
@@ -132,6 +132,21 @@ def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
         return classified(run.mixup, cases[name], seed).folder
     training, mode = {"OAL": ("oal", FIXED), "cross-entropy, continued": ("ce_longer", None)}[name]
     return trial_stage(run.oal, Trial(training_named(training), mode, 0, seed)).folder
+
+
+def _distance(run: SideRun) -> str:
+    """LMD's distance: SqueezeNet's features if its weights are at hand."""
+    wanted = "squeezenet-features"
+    return wanted if squeezenet_weights(run.data_root) and wanted in run.study.fast.lmd.distances else "mse"
+
+
+def _variant(run: SideRun, name: str) -> dict:
+    """What a receipt says of a diffusion model's score; nothing for classifiers."""
+    study = run.study
+    if name == "LMD":
+        return {**study.fast.lmd.main.record(), "distance": _distance(run), "score": "relative"}
+    score = study.fast_score
+    return {"holes": "+".join(score.family), "distance": score.distance, "score": score.kind} if name == "fast LMD" else {}
 
 
 def _painter(run: SideRun, name: str, seed: int) -> LiftMapDetect:
@@ -144,8 +159,7 @@ def _painter(run: SideRun, name: str, seed: int) -> LiftMapDetect:
             detector_of(run.fast, study.id, study.fast_score, fitted=False)
     else:
         weights = squeezenet_weights(run.data_root)
-        distance = "squeezenet-features" if weights and "squeezenet-features" in study.fast.lmd.distances else "mse"
-        detector = LiftMapDetect(denoiser_of(run.lmd, study.id), distance, weights, study.fast.lmd.batch_size, relative=True,
+        detector = LiftMapDetect(denoiser_of(run.lmd, study.id), _distance(run), weights, study.fast.lmd.batch_size, relative=True,
                                  reduce=study.fast.lmd.reduce, seed=seed, **study.fast.lmd.main.to_dict())
     return detector.fit(run.held_out(), combine)
 
@@ -272,7 +286,7 @@ def preparation(study: SideStudy, classes: int) -> pd.DataFrame:
              "LMD": (0, _steps(replace(lmd.training, steps=steps))), "fast LMD": (0, _steps(study.fast.training))}
     return pd.DataFrame.from_dict(lines, orient="index", columns=["classifier", "diffusion"]).rename_axis("network")
 
-# %% ../nbs/56_side_by_side.ipynb #ea751a20
+# %% ../nbs/56_side_by_side.ipynb #b10848f8
 def write_network(run: SideRun, name: str, seed: int, prices: dict) -> list[Path]: # prices: from `milliseconds`
     """A receipt for each score and OOD set of one network; its seconds are the price of an image, times the images."""
     study, network, arrays, written = run.study, network_named(name), scored(run, name, seed), []
@@ -282,7 +296,8 @@ def write_network(run: SideRun, name: str, seed: int, prices: dict) -> list[Path
         for score in network.scores:
             written.append(write_receipt(
                 run.results, paper="side_by_side", tier=study.tier, table="side_by_side", method=score, seed=seed,
-                row={"id": study.id, "network": name}, column={"ood": ood, "group": group}, variant={}, settings=study,
+                row={"id": study.id, "network": name}, column={"ood": ood, "group": group}, variant=_variant(run, name),
+                settings=study,
                 score=np.concatenate([arrays[f"{score}/{study.id}"], arrays[f"{score}/{ood}"]]),
                 is_ood=np.repeat([False, True], [len(known), len(foreign)]),
                 index=np.concatenate([known.index, foreign.index]), nfe_per_image=evaluations(run, name, score, seed),
