@@ -123,7 +123,7 @@ class SideRun:
         """{OOD set: its group} of those at hand."""
         return self.mixup.oods
 
-# %% ../nbs/56_side_by_side.ipynb #f1f045ae
+# %% ../nbs/56_side_by_side.ipynb #0187176f
 def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
     """Where the weights of a classifier lie, trained now if they do not."""
     cases = {"cross-entropy": Case(), "label mixup, softmax": Case(outliers="mixup"),
@@ -134,17 +134,12 @@ def _classifier_folder(run: SideRun, name: str, seed: int) -> Path:
     return trial_stage(run.oal, Trial(training_named(training), mode, 0, seed)).folder
 
 
-def _distance(run: SideRun) -> str:
-    """LMD's distance: SqueezeNet's features if its weights are at hand."""
-    wanted = "squeezenet-features"
-    return wanted if squeezenet_weights(run.data_root) and wanted in run.study.fast.lmd.distances else "mse"
-
-
 def _variant(run: SideRun, name: str) -> dict:
-    """What a receipt says of a diffusion model's score; nothing for classifiers."""
+    """What a receipt says of a diffusion model's score, with the distance that `_painter` takes; nothing for classifiers."""
     study = run.study
     if name == "LMD":
-        return {**study.fast.lmd.main.record(), "distance": _distance(run), "score": "relative"}
+        features = squeezenet_weights(run.data_root) and "squeezenet-features" in study.fast.lmd.distances
+        return {**study.fast.lmd.main.record(), "distance": "squeezenet-features" if features else "mse", "score": "relative"}
     score = study.fast_score
     return {"holes": "+".join(score.family), "distance": score.distance, "score": score.kind} if name == "fast LMD" else {}
 
@@ -159,7 +154,8 @@ def _painter(run: SideRun, name: str, seed: int) -> LiftMapDetect:
             detector_of(run.fast, study.id, study.fast_score, fitted=False)
     else:
         weights = squeezenet_weights(run.data_root)
-        detector = LiftMapDetect(denoiser_of(run.lmd, study.id), _distance(run), weights, study.fast.lmd.batch_size, relative=True,
+        distance = "squeezenet-features" if weights and "squeezenet-features" in study.fast.lmd.distances else "mse"
+        detector = LiftMapDetect(denoiser_of(run.lmd, study.id), distance, weights, study.fast.lmd.batch_size, relative=True,
                                  reduce=study.fast.lmd.reduce, seed=seed, **study.fast.lmd.main.to_dict())
     return detector.fit(run.held_out(), combine)
 
