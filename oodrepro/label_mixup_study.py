@@ -7,11 +7,12 @@ __all__ = ['KINDS', 'OPENOOD', 'METHODS', 'Case', 'Experiment', 'MixupStudy', 'l
            'MixupRun', 'generator_of', 'synthetic', 'pixel_mixup', 'outliers_of', 'Looked', 'classified', 'gate',
            'gate_summary', 'msp', 'write_case', 'run_table', 'suite', 'cost', 'passes_per_second', 'plan']
 
-# %% ../nbs/45_label_mixup_study.ipynb #acdf0278
+# %% ../nbs/45_label_mixup_study.ipynb #5f557a28
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from .label_mixup import (ClassBound, ConditionalSettings, Outliers, Recipe, bui
 from .losses import HEADS, build_head
 from .receipts import write_receipt
 from .sampling import SampleNoise, inpaint_composited, sample
-from .settings import Settings, best_device, generator
+from .settings import Settings, best_device, generator, of_tier
 from .stages import Stages, read_json, write_json
 from .suites import Suite, resize, to_channels
 from .training import TrainingSettings, fit
@@ -107,7 +108,7 @@ class MixupStudy(Settings):
         """{OOD set: its group}."""
         return {**dict.fromkeys(self.near, "near"), **dict.fromkeys(self.far, "far")}
 
-# %% ../nbs/45_label_mixup_study.ipynb #bb1a307b
+# %% ../nbs/45_label_mixup_study.ipynb #9cb5babe
 def _smoke() -> MixupStudy:
     return MixupStudy(
         tier="smoke", id="digits", near=("glyphs",), far=("photos", "noise"), real=("photos", "train"), side=8,
@@ -161,15 +162,12 @@ def _gpu() -> MixupStudy:
         control_losses=("softmax",))
 
 
-_TIERS = (("smoke", _smoke), ("laptop", _laptop), ("gpu", _gpu), ("paper", _paper))
+_TIERS = MappingProxyType({"smoke": _smoke, "laptop": _laptop, "gpu": _gpu, "paper": _paper})
 
 
 def label_mixup_study(tier: str) -> MixupStudy:
     """The settings of `tier`: "smoke", "laptop", "gpu" or "paper"."""
-    for name, build in _TIERS:
-        if name == tier:
-            return build()
-    raise ValueError(f"unknown tier {tier!r}; known: {', '.join(name for name, _ in _TIERS)}")
+    return of_tier(_TIERS, tier)
 
 # %% ../nbs/45_label_mixup_study.ipynb #a33c47b1
 def experiments(study: MixupStudy) -> list[Experiment]:

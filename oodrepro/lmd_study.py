@@ -9,10 +9,11 @@ __all__ = ['EXAMPLES', 'Cells', 'Variant', 'LMDStudy', 'lmd_study', 'prepared', 
            'choose_score', 'table1', 'ablations', 'neighbour_fill', 'controls', 'suite', 'cost', 'plan_of', 'plan',
            'evaluations_per_second']
 
-# %% ../nbs/44_lmd_study.ipynb #ab4f3a2c
+# %% ../nbs/44_lmd_study.ipynb #e48d5496
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ from .lift_map_detect import KINDS, LiftMapDetect, fit_reference, reduce_by_hole
 from .masks import hole_masks, mask_of_repetition
 from .receipts import write_receipt
 from .sampling import SampleNoise, inpaint, inpaint_composited, inpaint_em
-from .settings import Settings, best_device, generator, stable_hash
+from .settings import Settings, best_device, generator, of_tier, stable_hash
 from .stages import Stages, atomic_path, read_json
 from .suites import Suite, resize, to_channels
 from .training import TrainingSettings, fit
@@ -99,7 +100,7 @@ class LMDStudy(Settings):
         raise ValueError(f"{id_set!r} is no in-distribution set of tier {self.tier}; known: "
                          f"{', '.join(cells.id for cells in self.rows)}")
 
-# %% ../nbs/44_lmd_study.ipynb #132272c2
+# %% ../nbs/44_lmd_study.ipynb #cac323bd
 def _other_masks(main: Variant, blocks: tuple) -> tuple:
     """The mask ablation: alternating boards of other sizes, a fixed board, the centre, random tokens."""
     return (*(replace(main, blocks=number) for number in blocks),
@@ -166,15 +167,12 @@ def _gpu() -> LMDStudy:
         masks=_other_masks(main, (4, 16)), batch_size=2048)
 
 
-_TIERS = (("smoke", _smoke), ("laptop", _laptop), ("gpu", _gpu), ("paper", _paper))
+_TIERS = MappingProxyType({"smoke": _smoke, "laptop": _laptop, "gpu": _gpu, "paper": _paper})
 
 
 def lmd_study(tier: str) -> LMDStudy:
     """The settings of `tier`: "smoke", "laptop", "gpu" or "paper"."""
-    for name, build in _TIERS:
-        if name == tier:
-            return build()
-    raise ValueError(f"unknown tier {tier!r}; known: {', '.join(name for name, _ in _TIERS)}")
+    return of_tier(_TIERS, tier)
 
 # %% ../nbs/44_lmd_study.ipynb #3cda3ae2
 def prepared(images: ImageSet, side: int, channels: int) -> ImageSet:

@@ -10,13 +10,14 @@ __all__ = ['FAITHFUL', 'FIXED', 'MODES', 'TRAININGS', 'FULL', 'Mode', 'switched'
            'scores_of', 'trial_stage', 'trials_of', 'write_rows', 'everything', 'Contrast', 'contrast', 'peak_bytes',
            'price_of_outliers', 'price_of_steps', 'cost', 'plan']
 
-# %% ../nbs/46_oal_study.ipynb #fc74d983
+# %% ../nbs/46_oal_study.ipynb #82121431
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ from .losses import (CLUB, EnergyLogistic, FeatureProjector, InfoNCE, distillati
                              feature_distillation_loss)
 from .metrics import paired_difference
 from .receipts import load_scores, write_receipt
-from .settings import Settings, best_device, derive_seed, generator, stable_hash
+from .settings import Settings, best_device, derive_seed, generator, of_tier, stable_hash
 from .stages import Stage, Stages, atomic_path, read_json, write_json
 from .suites import Suite, resize, to_channels
 from .training import Draw, TrainingSettings
@@ -195,7 +196,7 @@ def _laptop() -> OALStudy:
         latent=LatentSettings(width=128, autoencoder_widths=(16, 32, 32)),
         synthesis=SynthesisSettings(count=300, steps=20, guidance=3.0), counts=(10, 100, 1000), bank=2000)
 
-# %% ../nbs/46_oal_study.ipynb #60322b94
+# %% ../nbs/46_oal_study.ipynb #5a7bdf65
 def _paper() -> OALStudy:
     resnet = ClassifierSettings(backbone="resnet18", augment="crop_flip")
     far = (("mnist", "test"), ("svhn", "test"), ("textures", "all"))
@@ -217,15 +218,12 @@ def _gpu() -> OALStudy:
                    synthesis=SynthesisSettings(steps=20, guidance=3.0))
 
 
-_TIERS = (("smoke", _smoke), ("laptop", _laptop), ("gpu", _gpu), ("paper", _paper))
+_TIERS = MappingProxyType({"smoke": _smoke, "laptop": _laptop, "gpu": _gpu, "paper": _paper})
 
 
 def oal_study(tier: str) -> OALStudy:
     """The settings of `tier`: "smoke", "laptop", "gpu" or "paper"."""
-    for name, build in _TIERS:
-        if name == tier:
-            return build()
-    raise ValueError(f"unknown tier {tier!r}; known: {', '.join(name for name, _ in _TIERS)}")
+    return of_tier(_TIERS, tier)
 
 # %% ../nbs/46_oal_study.ipynb #94322f36
 class Part(NamedTuple):

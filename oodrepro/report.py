@@ -292,7 +292,7 @@ def grid(table: pd.DataFrame, # from compare
     cells.columns = [f"OOD: {label(name)}" if column == "column_ood" else label(name) for name in cells.columns]
     return cells
 
-# %% ../nbs/51_report.ipynb #43309c9b
+# %% ../nbs/51_report.ipynb #ff1c03f1
 _MEANING = MappingProxyType({
     "auroc": "AUROC, OOD is the positive class and a larger score means more OOD (the same with both exchanged)",
     "fpr95": "FPR95, OOD is the positive class: share of ID at or above the first threshold that 95 % of OOD reach",
@@ -305,12 +305,13 @@ _MEANING = MappingProxyType({
 
 
 def _counts(ran: pd.DataFrame, keys: Sequence[str]) -> str:
-    """ID:OOD images, once if the same everywhere."""
+    """ID:OOD images, once if the same everywhere, else by the one key that decides them, else by cell."""
     ratios = [f"{i}:{o}" for i, o in zip(ran["n_id"], ran["n_ood"])]
     if len(set(ratios)) == 1:
         return f"ID:OOD images in each cell {ratios[0]}"
-    places = ["/".join(label(value) for value in key) for key in ran[list(keys)].itertuples(index=False)]
-    return "ID:OOD images " + ", ".join(f"{place} {ratio}" for place, ratio in zip(places, ratios))
+    names = next(([key] for key in reversed(list(keys)) if len(set(zip(ran[key], ratios))) == ran[key].nunique()), list(keys))
+    places = ["/".join(label(value) for value in key) for key in ran[names].itertuples(index=False)]
+    return "ID:OOD images " + ", ".join(f"{place} {ratio}" for place, ratio in dict.fromkeys(zip(places, ratios)))
 
 
 def _sources(table: pd.DataFrame, certainty: str) -> list[str]:

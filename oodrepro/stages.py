@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'code_fingerprint', 'code_name', 'file_digest', 'sweep', 'StageBusy',
-           'Stage', 'claim', 'duration', 'BriefLog', 'Stages', 'unmatched_force', 'progress']
+           'Stage', 'claim', 'duration', 'BriefLog', 'Stages', 'progress']
 
 # %% ../nbs/01_stages.ipynb #535ccdf5
 import ast
@@ -406,7 +406,7 @@ class Stages:
         self.done.append(stage)
         return stage
 
-# %% ../nbs/01_stages.ipynb #d46bbc43
+# %% ../nbs/01_stages.ipynb #0a72d998
 def _logged(plan: Stage, make, log) -> Stage:
     """`_replace`, telling `log` why it starts and how it ended."""
     unmade = [label for label, content in plan.manifest["input_contents"].items() if content is None]
@@ -422,11 +422,6 @@ def _logged(plan: Stage, make, log) -> Stage:
         raise
     log(f"stage {plan.name}: done in {duration(time.perf_counter() - start)}")
     return stage
-
-
-def unmatched_force(stages: Stages) -> list[str]:
-    """Names given to `force` that no stage of this run bore: a spelling mistake, most likely."""
-    return sorted(set(stages.force) - {stage.name for stage in stages.done})
 
 # %% ../nbs/01_stages.ipynb #3e8c097b
 def _at_a_screen() -> bool:
