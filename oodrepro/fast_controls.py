@@ -82,7 +82,7 @@ def _pieces(run: FastRun, folder: Path, label: str, images: torch.Tensor, detect
                 torch.save({"seconds": time.perf_counter() - start, **found}, temporary)
     return [torch.load(path, weights_only=True) for path in paths]
 
-# %% ../nbs/48b_fast_controls.ipynb #062084c3
+# %% ../nbs/48b_fast_controls.ipynb #6603f742
 def paper_scores(run: FastRun, id_set: str, name: str, distance: str, kind: str, seed: int) -> np.ndarray:
     """(images,) scores of `name` under the paper's setting."""
     def reduced(which: str, count: int, first: int = 0) -> torch.Tensor:
@@ -120,7 +120,7 @@ def paper_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     study, written = run.fast, []
     kinds = KINDS if study.paper_fit_images else ("raw",)
     for id_set, ood in pairs_at_hand(run):
-        if id_set not in study.paper_rows:
+        if (id_set, ood) not in study.paper_pairs:
             continue
         written += [paper_cell(run, id_set, ood, distance, kind, seed)
                     for distance in paper_distances(run, id_set) for kind in kinds]
