@@ -100,7 +100,7 @@ class FastStudy(Settings):
     fresh: tuple = ()               # OOD sets that neither chose nor stand in the table; see `fresh_cells`
     compiled: bool = True           # time torch.compile too; it takes a minute to compile
 
-# %% ../nbs/47_fast_lmd.ipynb #7ca2cd76
+# %% ../nbs/47_fast_lmd.ipynb #ad6dd86a
 def _ladder(hole: str, conditional: tuple, unconditional: tuple) -> tuple:
     """Rungs on one hole: regression, the conditional network by steps, the unconditional one by (sampler, steps)."""
     return (FastVariant("regression", (hole,)),
@@ -147,7 +147,7 @@ def fast_study(tier: str) -> FastStudy:
                      tuple(cells.id for cells in lmd.rows),
                      replace(FastStudy.paper, holes=(boards[1],)),
                      (("kmnist", "mnist"),) if tier == "laptop" else _pairs(lmd),  # a minute of a processor core each image
-                     paper_images=20 if tier == "laptop" else 500, paper_fit_images=0 if tier == "laptop" else 300,
+                     paper_images=12 if tier == "laptop" else 500, paper_fit_images=0 if tier == "laptop" else 300,
                      layer_images=100 if tier == "laptop" else 1000,
                      timed_images=30, compiled=tier != "laptop",  # nor does compiling pay there
                      fresh=("cifar10", "digits", "noise", "blurred", "inverted", "blended"))

@@ -23,7 +23,7 @@ from .receipts import write_receipt
 from .suites import fine_share, resize_guard
 from .training import TrainingSettings
 
-# %% ../nbs/48_lmd_colour.ipynb #51aba2aa
+# %% ../nbs/48_lmd_colour.ipynb #1584ea3b
 _EXTRA = ("gtsrb", "tinyimagenet", "textures")
 
 
@@ -44,11 +44,14 @@ def _smoke() -> LMDStudy:
 
 
 def _laptop() -> LMDStudy:
+    main = Variant(blocks=8, steps=5, repeats=2)
     return LMDStudy(
         tier="laptop", rows=_rows(), side=32, channels=3, test_images=1000, denoiser=DenoiserSettings(),
-        training=TrainingSettings(steps=2200), main=Variant(blocks=8, steps=5, repeats=2),
+        training=TrainingSettings(steps=2200), main=main,
         distances=("mse", "ssim", "squeezenet-features"), validation=("glyphs", "photos"), validation_images=100,
-        fit_images=200, batch_size=64)
+        fit_images=200, batch_size=64, ablation_pairs=(("cifar10", "cifar100"), ("cifar10", "gtsrb")), ablation_images=150,
+        masks=(replace(main, blocks=4), replace(main, blocks=16)),
+        ladder=(replace(main, steps=20), replace(main, sampler="ddim")))
 
 
 def colour_study(tier: str) -> LMDStudy:
