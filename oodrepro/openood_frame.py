@@ -118,14 +118,15 @@ def sets_table(frame: Frame) -> pd.DataFrame:
               for name, group, why in study.named]
     return pd.DataFrame(lines)
 
-# %% ../nbs/56b_openood_frame.ipynb #85f45992
+# %% ../nbs/56b_openood_frame.ipynb #095509ed
 def _those(receipts: pd.DataFrame, **wanted) -> pd.DataFrame:
     for column, value in wanted.items():
         receipts = receipts[receipts[column].isna() if value is None else receipts[column] == value]
     return receipts
 
 
-def claims_of(receipts: pd.DataFrame, study: FrameStudy, groups: Sequence[str] = ("near", "far")) -> pd.DataFrame:
+def claims_of(receipts: pd.DataFrame, study: FrameStudy, groups: Sequence[str] = ("near", "far"),
+              mixup_score: str = "msp", oal_score: str = "energy") -> pd.DataFrame:
     """One line per claim: difference of mean AUROC over the groups' sets, interval over seeds, verdict.
 
     `ValueError` if no set of the groups has receipts.
@@ -133,7 +134,7 @@ def claims_of(receipts: pd.DataFrame, study: FrameStudy, groups: Sequence[str] =
     receipts = receipts[receipts.column_group.isin(groups) & ~receipts.column_ood.isin(study.extra)]
     if receipts.empty:
         raise ValueError(f"no receipt of a {' or '.join(groups)} set; is one at hand? See sets_table")
-    mixup, oal = _those(receipts, paper="ddpm_label_mixup", method="msp"), _those(receipts, paper="oal", method="energy")
+    mixup, oal = _those(receipts, paper="ddpm_label_mixup", method=mixup_score), _those(receipts, paper="oal", method=oal_score)
 
     def case(loss, outliers):
         return _those(mixup, row_loss=loss, row_outliers=outliers)
