@@ -108,7 +108,7 @@ class MixupStudy(Settings):
         """{OOD set: its group}."""
         return {**dict.fromkeys(self.near, "near"), **dict.fromkeys(self.far, "far")}
 
-# %% ../nbs/45_label_mixup_study.ipynb #9cb5babe
+# %% ../nbs/45_label_mixup_study.ipynb #c3ed6ad5
 def _smoke() -> MixupStudy:
     return MixupStudy(
         tier="smoke", id="digits", near=("glyphs",), far=("photos", "noise"), real=("photos", "train"), side=8,
@@ -140,7 +140,7 @@ OPENOOD = (("cifar10", "openood_test"), ("cifar100", "openood_test"), ("tinyimag
 
 def _paper() -> MixupStudy:
     return MixupStudy(
-        tier="paper", id="cifar10", near=("cifar100", "tinyimagenet"), far=("mnist", "svhn", "textures", "gtsrb"),
+        tier="paper", id="cifar10", near=("cifar100", "tinyimagenet"), far=("mnist", "svhn", "textures"),
         splits=OPENOOD, real=("cifar100", "train"), side=32, channels=3, test_images=10_000, accuracy_images=10_000,
         denoiser=ConditionalSettings(widths=(128, 256, 256, 256), blocks=2, attention=(False, True, False, False),
                                      dropout=0.1, flip=True),
@@ -188,7 +188,7 @@ def shared_source(study: MixupStudy, kind: str, ood: str) -> bool:
     """Whether outliers of `kind` come from the source of the test set `ood`, so that the cell is only a ceiling."""
     return kind == ood == "noise" or kind == "real" and study.real[0] == ood
 
-# %% ../nbs/45_label_mixup_study.ipynb #97749547
+# %% ../nbs/45_label_mixup_study.ipynb #db5fe38a
 class MixupRun:
     """The stages of a `MixupStudy` below `root`: results, figures and runs, each with <tier>/ddpm_label_mixup."""
 
@@ -225,12 +225,14 @@ class MixupRun:
     def missing(self) -> dict[str, str]:
         """{set: why} for those whose data are not at hand: OOD sets, the ID set, the source of real outliers."""
         study, reasons = self.study, {}
-        asked = [(study.id, "train"), *((name, self.split(name)) for name in (study.id, *study.oods))]
-        for name, split in (*asked, *([study.real] if "real" in study.controls else [])):
+        asked = [(study.id, study.id, "train"), *((name, name, self.split(name)) for name in (study.id, *study.oods))]
+        if "real" in study.controls:  # under a key of its own: a test set of that name may be at hand
+            asked.append((" ".join(study.real), *study.real))
+        for key, name, split in asked:
             try:
                 self.images(name, split)
             except FileNotFoundError:
-                reasons.setdefault(name, f"data not at hand: {name} {split}")
+                reasons.setdefault(key, f"data not at hand: {name} {split}")
         return reasons
 
     @property

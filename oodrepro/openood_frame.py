@@ -22,7 +22,7 @@ from .settings import Settings
 from .summaries import over_seeds
 from .training import TrainingSettings
 
-# %% ../nbs/56b_openood_frame.ipynb #fb1a0600
+# %% ../nbs/56b_openood_frame.ipynb #6a620d98
 @dataclass(frozen=True)
 class FrameStudy(Settings):
     """Both papers' studies in one frame."""
@@ -54,7 +54,7 @@ def _laptop() -> FrameStudy:
 
     seen = ClassifierSettings(outlier_batch_size=32)
     mixup = replace(
-        label_mixup_study.label_mixup_study("paper"), tier="laptop", test_images=1000, accuracy_images=3000,
+        _mixup("paper"), tier="laptop", test_images=1000, accuracy_images=3000,
         denoiser=ConditionalSettings(flip=True), generator=TrainingSettings(steps=2000, batch_size=64),
         recipe=Recipe(per_pair=40), classifier=seen, training=steps(1000, 0.1),
         losses=("softmax", "arcface"), repeated=("softmax", "arcface"),
@@ -65,19 +65,28 @@ def _laptop() -> FrameStudy:
         lessons=steps(2000, 0.1), classifier=plain, teacher=plain, boundary=BoundarySettings(rounds=5),
         latent=LatentSettings(width=128, autoencoder_widths=(16, 32, 32)), autoencoder=adam(300), unet=adam(600),
         synthesis=SynthesisSettings(count=300, steps=20, guidance=3.0), counts=(), switches=False, bank=5000)
-    return FrameStudy("laptop", mixup, oal, named=_PLACES, extra=("gtsrb",))
+    return FrameStudy("laptop", mixup, oal, named=_PLACES, extra=_EXTRA)
+
+
+_EXTRA = ("gtsrb",)
+
+
+def _mixup(tier: str) -> MixupStudy:
+    """Paper 1's study with the extra columns."""
+    whole = label_mixup_study.label_mixup_study(tier)
+    return replace(whole, far=(*whole.far, *_EXTRA))
 
 
 def _far() -> tuple:
-    return (*oal_study.oal_study("paper").far, ("gtsrb", "test"))
+    """OAL's far sets with the extra columns."""
+    return (*oal_study.oal_study("paper").far, *((name, "test") for name in _EXTRA))
 
 
 def frame_study(tier: str) -> FrameStudy:
     """The settings of `tier`: "smoke" (digits), "laptop", "gpu" or "paper"."""
     if tier in ("smoke", "laptop"):
         return _smoke() if tier == "smoke" else _laptop()
-    mixup, oal = label_mixup_study.label_mixup_study(tier), oal_study.oal_study(tier)
-    return FrameStudy(tier, mixup, replace(oal, far=_far()), named=_PLACES, extra=("gtsrb",))
+    return FrameStudy(tier, _mixup(tier), replace(oal_study.oal_study(tier), far=_far()), named=_PLACES, extra=_EXTRA)
 
 # %% ../nbs/56b_openood_frame.ipynb #9ad22c99
 class Frame:
