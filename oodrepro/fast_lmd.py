@@ -37,7 +37,7 @@ from .settings import Settings, stable_hash
 from .stages import read_json, write_json
 from .training import TrainingSettings
 
-# %% ../nbs/47_fast_lmd.ipynb #51e96196
+# %% ../nbs/47_fast_lmd.ipynb #33e254b7
 @dataclass(frozen=True)
 class FastVariant(Settings):
     """One way to map an image."""
@@ -98,9 +98,10 @@ class FastStudy(Settings):
     timed_images: int = 0           # per set, for images a second
     budget: int = 12                # most network evaluations an image of the default
     fresh: tuple = ()               # OOD sets that neither chose nor stand in the table; see `fresh_cells`
+    retrained: tuple = ()           # (ID set, seed): further trainings of the conditional network, one each
     compiled: bool = True           # time torch.compile too; it takes a minute to compile
 
-# %% ../nbs/47_fast_lmd.ipynb #ad6dd86a
+# %% ../nbs/47_fast_lmd.ipynb #e0a6c3e1
 def _ladder(hole: str, conditional: tuple, unconditional: tuple) -> tuple:
     """Rungs on one hole: regression, the conditional network by steps, the unconditional one by (sampler, steps)."""
     return (FastVariant("regression", (hole,)),
@@ -114,18 +115,27 @@ def _pairs(lmd: LMDStudy) -> tuple:
     return tuple((cells.id, ood) for cells in lmd.rows for ood in cells.oods)
 
 
-def fast_study(tier: str) -> FastStudy:
+def _again(lmd: LMDStudy, seeds: tuple) -> tuple:
+    """Every row with every seed."""
+    return tuple((cells.id, seed) for cells in lmd.rows for seed in seeds)
+
+
+_SLOW = (("kmnist", "mnist"), ("mnist", "kmnist"), ("fashion_mnist", "mnist"))  # one pair of each row
+
+
+def fast_study(tier: str, lmd: LMDStudy | None = None) -> FastStudy: # its rows and sizes; none: those of `lmd_study`
     """The settings of `tier`: "smoke", "laptop", "gpu" or "paper"."""
-    lmd = lmd_study(tier)
+    lmd = lmd_study(tier) if lmd is None else lmd
     if tier == "smoke":
         holes = ("board-1", "board-2", "board-4", "quarter-2")
         return FastStudy(
             tier, replace(lmd, batch_size=256), InpaintingSettings(widths=(32, 64), attention=(False, True), hole_sizes=(1, 2, 4)),
             TrainingSettings(steps=500, batch_size=64, learning_rate=2e-3), FastVariant(holes=holes),
             (*((hole,) for hole in holes), ("board-1", "board-2"), holes), ("mse", "ssim"), ("rotated", "shuffled"),
-            80, 100, 250, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60, 70, ("digits",),
+            80, 100, lmd.test_images, _ladder("board-2", (1, 2, 5), (("ddpm", 10),)), 60, 70, ("digits",),
             FastVariant("unconditional", ("board-2",), "em", 10, 2), _pairs(lmd), paper_images=12, paper_fit_images=20,
-            layer_images=40, timed_images=20, compiled=False, fresh=("blurred", "inverted", "blended"))
+            layer_images=40, timed_images=20, compiled=False, fresh=("blurred", "inverted", "blended"),
+            retrained=_again(lmd, (1,)))
     size = {28: (2, 4, 7, 14), 32: (2, 4, 8, 16)}[lmd.side]
     boards, quarters = tuple(f"board-{edge}" for edge in size), tuple(f"quarter-{edge}" for edge in size[1:3])
     halves = tuple(f"half-{edge}" for edge in size)
@@ -146,22 +156,23 @@ def fast_study(tier: str) -> FastStudy:
                      _ladder(boards[1], (1, 2, 5, 10, 20), many), 60, 200,
                      tuple(cells.id for cells in lmd.rows),
                      replace(FastStudy.paper, holes=(boards[1],)),
-                     (("kmnist", "mnist"),) if tier == "laptop" else _pairs(lmd),  # a minute of a processor core each image
+                     _SLOW if tier == "laptop" else _pairs(lmd),  # a minute of a processor core each image
                      paper_images=12 if tier == "laptop" else 500, paper_fit_images=0 if tier == "laptop" else 300,
                      layer_images=100 if tier == "laptop" else 1000,
-                     timed_images=30, compiled=tier != "laptop",  # nor does compiling pay there
-                     fresh=("cifar10", "digits", "noise", "blurred", "inverted", "blended"))
+                     timed_images=30, fresh=("cifar10", "digits", "noise", "blurred", "inverted", "blended"),
+                     retrained=_again(lmd, (1, 2)))
 
-# %% ../nbs/47_fast_lmd.ipynb #c17063af
+# %% ../nbs/47_fast_lmd.ipynb #3d0f3377
 class FastRun(LMDRun):
     """The stages of a `FastStudy`: results and figures in folders of their own, networks and cache shared with LMD."""
 
-    def __init__(self, study: FastStudy, root: Path | str, data_root: Path | str | None = None, force=(), log=print):
+    def __init__(self, study: FastStudy, root: Path | str, data_root: Path | str | None = None, force=(), log=print,
+                 home: str = "fast_lmd"): # of results and figures
         super().__init__(replace(study.lmd, distances=study.distances, test_images=study.test_images), root, data_root,
                          force, log)
         self.fast, self.references, self.features, self.validated = study, {}, {}, {}
         self.stages.wait = 3600.0  # LMD's own run may be making the same network
-        self.results, self.figures = (self.root / part / study.tier / "fast_lmd" for part in ("results", "figures"))
+        self.results, self.figures = (self.root / part / study.tier / home for part in ("results", "figures"))
 
     def first(self, purpose: str) -> int:
         """Where the in-distribution images for "validation", "fit" and "calibration" begin."""
@@ -568,7 +579,7 @@ def detector_of(run: FastRun, id_set: str, default: Score, fitted: bool = True) 
         detector.calibrate(images("calibration", run.fast.calibration_images))
     return detector
 
-# %% ../nbs/47_fast_lmd.ipynb #9e841d95
+# %% ../nbs/47_fast_lmd.ipynb #b6a9418c
 def cost(run: FastRun, seeds: tuple = (0,)) -> pd.DataFrame:
     """One line per training and mapping: images, network evaluations."""
     study, lines, side = run.fast, [], run.study.side
@@ -596,7 +607,19 @@ def cost(run: FastRun, seeds: tuple = (0,)) -> pd.DataFrame:
     table = pd.DataFrame(lines, columns=["stage", "denoiser", "what", "images", "evaluations"])
     mapped = table.stage != "train"
     table.loc[mapped, ["images", "evaluations"]] *= len(seeds)
-    return table
+    return pd.concat([table, _retraining(run)], ignore_index=True)
+
+
+def _retraining(run: FastRun) -> pd.DataFrame:
+    """Lines of `cost` for the default with networks trained again, once each, whatever the seeds of the run."""
+    study, lines, at_hand = run.fast, [], dict(rows_at_hand(run))
+    for id_set, seed in study.retrained:
+        if id_set in at_hand:
+            drawn = study.training.steps * study.training.batch_size
+            mapped = study.fit_images + study.test_images * (1 + len(at_hand[id_set]))
+            lines += [("train", id_set, f"conditional, seed {seed}", drawn, 3 * drawn),
+                      ("map", id_set, f"test images, seed {seed}", mapped, mapped * study.main.evaluations(run.study.side))]
+    return pd.DataFrame(lines, columns=["stage", "denoiser", "what", "images", "evaluations"])
 
 
 def _extra_cost(run: FastRun, id_set: str, oods: Sequence[str]) -> list[tuple]:

@@ -508,7 +508,7 @@ def suite(run: LMDRun, id_set: str) -> Suite:
     return Suite(run.chosen(id_set, id_set, 0, count),
                  far={ood: run.chosen(ood, id_set, 0, count) for ood in dict(rows_at_hand(run))[id_set]})
 
-# %% ../nbs/44_lmd_study.ipynb #3834f396
+# %% ../nbs/44_lmd_study.ipynb #67d3bf6f
 def cost(run: LMDRun, seeds: tuple = (0,)) -> pd.DataFrame:
     """One line per training and mapping that the study asks for: images, network evaluations of an image."""
     study, missing, lines = run.study, run.missing(), []
@@ -532,9 +532,9 @@ def cost(run: LMDRun, seeds: tuple = (0,)) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["stage", "denoiser", "what", "images", "evaluations"])
 
 
-def plan_of(run: LMDRun, seeds: list) -> list[str]:
+def plan_of(run: LMDRun, seeds: list, price=cost) -> list[str]: # `cost`, or a function like it
     """What a run would do, in lines of text."""
-    table = cost(run, tuple(seeds))
+    table = price(run, tuple(seeds))
     lines = [f"settings {run.study.hash}; network evaluations of one image, counted:"]
     lines += [f"  {row.stage:5} {row.denoiser:13} {row.what:55} {row.evaluations:>14,}" for row in table.itertuples()]
     lines += [f"  not run: {ood} against {id_set}: {why}" for (id_set, ood), why in run.missing().items()]

@@ -62,7 +62,7 @@ def verdict(ours: float | None, # our mean; None if nothing was run
         return "inside interval"
     return "outside but within the stated tolerance" if abs(ours - paper) <= tolerance + rounding else "outside"
 
-# %% ../nbs/51_report.ipynb #8c561431
+# %% ../nbs/51_report.ipynb #af5d08ad
 def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
     """Raise `ValueError` if the receipts of a cell differ in anything but the seed, or repeat one."""
     where = ", ".join(f"{key} = {cell.iloc[0][key]}" for key in keys)
@@ -77,11 +77,18 @@ def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
                          f"{', '.join(cell['run'])}")
 
 
+def _without_seeds(settings):
+    """Settings without seeds, at any depth: a seed of the training is a seed too."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_seeds(value) for name, value in settings.items() if name not in ("seed", "seeds")}
+
+
 def _drift(cell: pd.DataFrame) -> str:
     """Which settings differ between the receipts of a cell, apart from the seed: a sign of runs from different days."""
     stored = cell["settings"] if "settings" in cell else []
-    records = [settings if isinstance(settings, dict) else {} for settings in stored]
-    names = sorted({name for record in records for name in record} - {"seed", "seeds"})
+    records = [_without_seeds(settings) if isinstance(settings, dict) else {} for settings in stored]
+    names = sorted({name for record in records for name in record})
     return ", ".join(name for name in names if any(record.get(name) != records[0].get(name) for record in records))
 
 

@@ -264,7 +264,7 @@ def record(table: pd.DataFrame, folder: Path | str, # e.g. figures/laptop/speed
                 f"{best.ratio:.2f} times {best.images_per_second / best.ratio:.0f} images a second.")
     return written
 
-# %% ../nbs/58_speed.ipynb #5803907b
+# %% ../nbs/58_speed.ipynb #73e7e543
 def example_images(data_root=None, number: int = 2000) -> ImageSet:
     """Colour images with labels at 32 x 32: CIFAR-10's if at hand, else photo patches under made-up labels."""
     try:
@@ -287,6 +287,7 @@ def main(words: Sequence[str] | None = None) -> int: # default: the command line
     parser.add_argument("--patience", type=float, default=300.0, help="seconds for the compiler, per way")
     arguments = parser.parse_args(words)
     images, tables, noise = example_images(arguments.data_root), [], {}
+    folder = Path(arguments.root) / "figures" / arguments.tier / "speed"
     for name, _ in LOOPS:
         tried = ways(name != "scoring", not arguments.no_compile)
         tables.append(measure(name, images, tried, arguments.rounds, arguments.seconds,
@@ -294,10 +295,9 @@ def main(words: Sequence[str] | None = None) -> int: # default: the command line
         if name != "scoring" and arguments.curve_steps:
             noise[name] = within_noise(loss_curves(name, images, fastest(tables[-1], name, 64), arguments.curve_steps))
             print(f"{name}: {noise[name]}", flush=True)
+        record(tables[-1], folder, noise)  # loop by loop: what is measured is kept if the rest is cut off
     table = pd.concat(tables, ignore_index=True)
     print(report.to_markdown(table[["loop", "way", "images_per_second", "ratio", "lowest", "highest", "why"]].round(3), notes=[]))
-    folder = Path(arguments.root) / "figures" / arguments.tier / "speed"
-    record(table, folder, noise)
     print(f"written: {folder}")
     return 0
 
