@@ -6,7 +6,7 @@
 __all__ = ['paper_detector', 'paper_distances', 'paper_mapped', 'paper_scores', 'paper_cell', 'paper_cells', 'retrained_cells',
            'layer_cells', 'layers_not_run', 'Way', 'ways', 'compiled_denoiser', 'time_way', 'throughput_cells']
 
-# %% ../nbs/48b_fast_controls.ipynb #9a01940b
+# %% ../nbs/48b_fast_controls.ipynb #32bdfc9f
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .denoisers import Denoiser
-from .fast_lmd import (FastRun, Score, detector_of, features_of, functions_of, kinds_like, layer_functions,
+from .fast_lmd import (FastRun, Score, clock, detector_of, features_of, functions_of, kinds_like, layer_functions,
                                network_of, pairs_at_hand, reference_of, selected, tested_distances, write_cell)
 from .images import to_unit
 from .lift_map_detect import KINDS, LiftMapDetect, fit_reference, reduce_by_hole
@@ -82,7 +82,7 @@ def _pieces(run: FastRun, folder: Path, label: str, images: torch.Tensor, detect
                 torch.save({"seconds": time.perf_counter() - start, **found}, temporary)
     return [torch.load(path, weights_only=True) for path in paths]
 
-# %% ../nbs/48b_fast_controls.ipynb #6603f742
+# %% ../nbs/48b_fast_controls.ipynb #7c76dca5
 def paper_scores(run: FastRun, id_set: str, name: str, distance: str, kind: str, seed: int) -> np.ndarray:
     """(images,) scores of `name` under the paper's setting."""
     def reduced(which: str, count: int, first: int = 0) -> torch.Tensor:
@@ -98,8 +98,8 @@ def paper_scores(run: FastRun, id_set: str, name: str, distance: str, kind: str,
     return reference.score(found, features_of(run, id_set, name, study.paper_images, 0)).numpy()
 
 
-def paper_cell(run: FastRun, id_set: str, ood: str, distance: str, kind: str, seed: int) -> Path:
-    """One receipt of the paper's setting."""
+def paper_cell(run: FastRun, id_set: str, ood: str, distance: str, kind: str, seed: int, clocked: float) -> Path:
+    """One receipt of the paper's setting; `clocked`: see `fast_lmd.clock`."""
     study, cells = run.fast, run.study.row(id_set)
     sides = [paper_mapped(run, id_set, name, study.paper_images, seed) for name in (id_set, ood)]
     extra = sum(study.paper.masks(run.study.side)) + 1 if distance.startswith("denoiser-") else 0
@@ -112,31 +112,36 @@ def paper_cell(run: FastRun, id_set: str, ood: str, distance: str, kind: str, se
         index=np.concatenate([side.index for side in sides]), seconds=sum(side.seconds for side in sides),
         nfe_per_image=study.paper.evaluations(run.study.side) + extra,
         extra={"id_split": cells.test_split, "train_split": cells.train_split, "curve": "paper's own setting",
+               "clock_seconds": clocked,
                "weights": weights_digest(network_of(run, id_set, "unconditional"))})
 
 
 def paper_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     """Receipts of the paper's setting by every distance, and of the fast default on the same images ("fast_paper")."""
     study, written = run.fast, []
-    kinds = KINDS if study.paper_fit_images else ("raw",)
+    kinds, prices = KINDS if study.paper_fit_images else ("raw",), clock(run, default)
     for id_set, ood in pairs_at_hand(run):
         if (id_set, ood) not in study.paper_pairs:
             continue
-        written += [paper_cell(run, id_set, ood, distance, kind, seed)
+        written += [paper_cell(run, id_set, ood, distance, kind, seed, prices["paper"])
                     for distance in paper_distances(run, id_set) for kind in kinds]
         written.append(write_cell(run, "fast_paper", id_set, ood, study.main, default, tested_distances(run, default),
-                                  study.paper_images, study.fit_images, seed))
+                                  study.paper_images, study.fit_images, seed, clocked=prices["fast"]))
     return written
 
-# %% ../nbs/48b_fast_controls.ipynb #694bd3c7
+# %% ../nbs/48b_fast_controls.ipynb #f64915f2
 def retrained_cells(run: FastRun, default: Score) -> list[Path]:
-    """Receipts of the default with every further training that the study asks for ("fast_seeds")."""
+    """Receipts of the default with the first training and with every further one that the study asks for ("fast_seeds")."""
     study, written, at_hand = run.fast, [], pairs_at_hand(run)
+    rows = dict.fromkeys(id_set for id_set, _ in at_hand)
+    trainings = [(run, id_set, study.training.seed, tested_distances(run, default)) for id_set in rows]
     for id_set, seed in study.retrained:
         again = FastRun(replace(study, training=replace(study.training, seed=seed)), run.root, run.data_root,
                         run.stages.force, run.log)
-        written += [write_cell(again, "fast_seeds", id_set, ood, study.main, default, (default.distance,),
-                               study.test_images, study.fit_images, seed) for row, ood in at_hand if row == id_set]
+        trainings.append((again, id_set, seed, (default.distance,)))
+    for one, id_set, seed, distances in trainings:
+        written += [write_cell(one, "fast_seeds", id_set, ood, study.main, default, distances, study.test_images,
+                               study.fit_images, seed) for row, ood in at_hand if row == id_set]
     return written
 
 # %% ../nbs/48b_fast_controls.ipynb #2a77dd69

@@ -7,8 +7,8 @@ __all__ = ['LOW_NOISE', 'SQUEEZENET_LAYERS', 'SPOILT', 'SCORES', 'NEED_A_FILE', 
            'FastRun', 'network_of', 'Layers', 'layer_functions', 'spoilt', 'selected', 'functions_of', 'mapped_of',
            'plain_kind', 'kinds_like', 'Score', 'errors_by_hole', 'features_of', 'reference_of', 'scores_of', 'looks',
            'curve_of', 'write_cell', 'candidates', 'validation_scores', 'choose_default', 'validation_cells', 'best_of',
-           'best_mean', 'pairs_at_hand', 'tested_distances', 'fast_cells', 'fresh_cells', 'ladder_cells', 'rival_cells',
-           'seconds_per_image', 'detector_of', 'cost', 'plan']
+           'best_mean', 'pairs_at_hand', 'tested_distances', 'clock', 'fast_cells', 'fresh_cells', 'ladder_cells',
+           'rival_cells', 'detector_of', 'cost', 'plan']
 
 # %% ../nbs/47_fast_lmd.ipynb #b90e6bae
 import time
@@ -101,7 +101,7 @@ class FastStudy(Settings):
     retrained: tuple = ()           # (ID set, seed): further trainings of the conditional network, one each
     compiled: bool = True           # time torch.compile too; it takes a minute to compile
 
-# %% ../nbs/47_fast_lmd.ipynb #e0a6c3e1
+# %% ../nbs/47_fast_lmd.ipynb #57b3c2d4
 def _ladder(hole: str, conditional: tuple, unconditional: tuple) -> tuple:
     """Rungs on one hole: regression, the conditional network by steps, the unconditional one by (sampler, steps)."""
     return (FastVariant("regression", (hole,)),
@@ -120,7 +120,9 @@ def _again(lmd: LMDStudy, seeds: tuple) -> tuple:
     return tuple((cells.id, seed) for cells in lmd.rows for seed in seeds)
 
 
-_SLOW = (("kmnist", "mnist"), ("mnist", "kmnist"), ("fashion_mnist", "mnist"))  # one pair of each row
+# What a laptop affords of the two: about a minute an image, and half an hour a training.
+_SLOW_PAIRS = (("kmnist", "mnist"), ("mnist", "kmnist"))
+_RETRAINED = (("kmnist", 1), ("kmnist", 2))
 
 
 def fast_study(tier: str, lmd: LMDStudy | None = None) -> FastStudy: # its rows and sizes; none: those of `lmd_study`
@@ -156,11 +158,11 @@ def fast_study(tier: str, lmd: LMDStudy | None = None) -> FastStudy: # its rows 
                      _ladder(boards[1], (1, 2, 5, 10, 20), many), 60, 200,
                      tuple(cells.id for cells in lmd.rows),
                      replace(FastStudy.paper, holes=(boards[1],)),
-                     _SLOW if tier == "laptop" else _pairs(lmd),  # a minute of a processor core each image
+                     _SLOW_PAIRS if tier == "laptop" else _pairs(lmd),
                      paper_images=12 if tier == "laptop" else 500, paper_fit_images=0 if tier == "laptop" else 300,
                      layer_images=100 if tier == "laptop" else 1000,
                      timed_images=30, fresh=("cifar10", "digits", "noise", "blurred", "inverted", "blended"),
-                     retrained=_again(lmd, (1, 2)))
+                     retrained=_RETRAINED if tier == "laptop" else _again(lmd, (1, 2)))
 
 # %% ../nbs/47_fast_lmd.ipynb #3d0f3377
 class FastRun(LMDRun):
@@ -336,7 +338,7 @@ def looks(variant: FastVariant, score: Score, side: int) -> int:
     painted = sum(len(variant.columns(hole, side)) for hole in score.family)
     return variant.evaluations(side, score.family) + (painted + 1 if score.distance.startswith("denoiser-") else 0)
 
-# %% ../nbs/47_fast_lmd.ipynb #af9d71eb
+# %% ../nbs/47_fast_lmd.ipynb #92b51015
 def curve_of(table: str, variant: FastVariant) -> str:
     """The line of the price figure to which a receipt belongs."""
     if table != "fast_ladder":
@@ -346,8 +348,8 @@ def curve_of(table: str, variant: FastVariant) -> str:
 
 
 def write_cell(run: FastRun, table: str, id_set: str, ood: str, variant: FastVariant, score: Score, distances: tuple,
-               count: int, fit_count: int, seed: int, id_first: int = 0) -> Path:
-    """One receipt: `ood` against `id_set`, whose images are taken from number `id_first` on."""
+               count: int, fit_count: int, seed: int, id_first: int = 0, clocked: float | None = None) -> Path:
+    """One receipt: `ood` against `id_set`, whose images are taken from number `id_first` on; `clocked`: see `clock`."""
     starts = ((id_set, id_first), (ood, 0))
     sides = [mapped_of(run, id_set, name, variant, distances, count, seed, first) for name, first in starts]
     values = [scores_of(run, id_set, name, variant, score, distances, count, fit_count, seed, first)
@@ -362,7 +364,8 @@ def write_cell(run: FastRun, table: str, id_set: str, ood: str, variant: FastVar
         index=np.concatenate([part.index for part in sides]), nfe_per_image=looks(variant, score, side),
         seconds=share * sum(part.seconds for part in sides), settings=run.fast,
         extra={"id_split": cells.test_split, "train_split": cells.train_split, "curve": curve_of(table, variant),
-               "weights": weights_digest(network_of(run, id_set, variant.network))})
+               "weights": weights_digest(network_of(run, id_set, variant.network)),
+               **({} if clocked is None else {"clock_seconds": clocked})})
 
 # %% ../nbs/47_fast_lmd.ipynb #57db9f45
 NEED_A_FILE = ("squeezenet-features", "lpips-alex")
@@ -442,7 +445,7 @@ def best_mean(table: pd.DataFrame, budget: float = np.inf) -> Score: # as for `b
     holes, distance, kind = close.index[0]
     return Score(tuple(holes.split("+")), distance, kind)
 
-# %% ../nbs/47_fast_lmd.ipynb #e2c3d3f0
+# %% ../nbs/47_fast_lmd.ipynb #393d5ea7
 def pairs_at_hand(run: FastRun) -> list[tuple[str, str]]:
     """(in-distribution set, OOD set) of every cell whose data are at hand."""
     return [(id_set, ood) for id_set, oods in rows_at_hand(run) for ood in oods]
@@ -453,7 +456,43 @@ def tested_distances(run: FastRun, default: Score) -> tuple:
     known = distance_functions(run, network_of(run, run.study.rows[0].id, "conditional"))
     return tuple(name for name in known if name != "denoiser-features" or name == default.distance)
 
+# %% ../nbs/47_fast_lmd.ipynb #8eb74448
+def clock(run: FastRun, default: Score, slow_images: int = 2) -> dict[str, float]:
+    """Seconds an image: "fast" (the default), "paper" (LMD's own setting), each rung by its hash, each rival by its name."""
+    (id_set, _), study, size = pairs_at_hand(run)[0], run.fast, run.study.batch_size
+    images = to_unit(prepared(run.chosen(id_set, id_set, 0, study.timed_images), run.study.side, run.study.channels).images)
+    rungs = {variant.hash: variant for variant in study.ladder
+             if variant.network != "regression" or id_set in study.regression}
+    variants = {"fast": replace(study.main, holes=default.family), **rungs, "paper": study.paper}
+    networks = {name: network_of(run, id_set, name) for name in dict.fromkeys(one.network for one in variants.values())}
 
+    def make(folder: Path):
+        found = {}
+        for name, variant in variants.items():
+            detector = LiftMapDetect(networks[variant.network], **variant.options(), batch_size=size,
+                                     distance=default.distance if name == "fast" else "mse")
+            shown = images[:slow_images] if name == "paper" else images
+            found[name] = _timed(lambda part, it=detector, name=name: it.measure(part, {"distance": it.distance},
+                                                                                 desc=f"timing {name}"), shown)
+        for name, kind in PATH_SCORES.items():
+            found[name] = _timed(kind(networks["unconditional"], 0, size).measure, images)
+        write_json(folder / "seconds.json", found)
+
+    stage = run.stages.run(f"clock-{id_set}", make, settings={
+        "variants": {name: variant.to_dict() for name, variant in variants.items()}, "distance": default.distance,
+        "images": [len(images), slow_images], "batch": size, "threads": torch.get_num_threads(),
+        "weights": {name: weights_digest(network) for name, network in networks.items()}})
+    return read_json(stage / "seconds.json")
+
+
+def _timed(measure, images: torch.Tensor) -> float:
+    """Seconds an image of `measure`, after a pass over one image."""
+    measure(images[:1])
+    start = time.perf_counter()
+    measure(images)
+    return (time.perf_counter() - start) / len(images)
+
+# %% ../nbs/47_fast_lmd.ipynb #f7f058b1
 def fast_cells(run: FastRun, default: Score, tried: pd.DataFrame, # from `choose_default`
                seed: int) -> list[Path]:
     """Receipts of every pair: the default ("fast"), and what it can be compared with ("fast_parts").
@@ -462,13 +501,15 @@ def fast_cells(run: FastRun, default: Score, tried: pd.DataFrame, # from `choose
     the holes and kind that suit it best on the validation sets.
     """
     study, distances, written = run.fast, tested_distances(run, default), []
+    price = clock(run, default)["fast"]
     scores = dict.fromkeys([
         *(Score(family, default.distance, kind) for family in study.families for kind in SCORES),
         *(Score(default.family, distance, kind) for distance in distances for kind in SCORES),
         *(best_of(tried[tried.distance == distance], study.budget) for distance in distances)])
     for id_set, ood in pairs_at_hand(run):
         written += [write_cell(run, "fast" if score == default else "fast_parts", id_set, ood, study.main, score,
-                               distances, study.test_images, study.fit_images, seed) for score in scores]
+                               distances, study.test_images, study.fit_images, seed,
+                               clocked=price if score == default else None) for score in scores]
     return written
 
 
@@ -489,7 +530,7 @@ def fresh_cells(run: FastRun, scores: Sequence[Score], seed: int) -> list[Path]:
 
 def ladder_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     """Receipts of every rung and pair, by mean squared error and by the default's distance, raw and relative."""
-    study, written = run.fast, []
+    study, written, prices = run.fast, [], clock(run, default)
     distances = tuple(dict.fromkeys(("mse", default.distance)))
     for id_set, ood in pairs_at_hand(run):
         for variant in study.ladder:
@@ -497,16 +538,17 @@ def ladder_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
                 continue
             for distance in distances:
                 written += [write_cell(run, "fast_ladder", id_set, ood, variant, Score(variant.holes, distance, kind),
-                                       distances, study.ladder_images, study.ladder_images, seed) for kind in KINDS]
+                                       distances, study.ladder_images, study.ladder_images, seed,
+                                       clocked=prices.get(variant.hash)) for kind in KINDS]
     return written
 
-# %% ../nbs/47_fast_lmd.ipynb #2608d82a
+# %% ../nbs/47_fast_lmd.ipynb #f9b8808c
 _RIVAL_CODE = (PathScore, MultiStart, *PATH_SCORES.values())
 
 
-def rival_cells(run: FastRun, seed: int) -> list[Path]:
+def rival_cells(run: FastRun, default: Score, seed: int) -> list[Path]:
     """Receipts of the path scores for every pair."""
-    study, written = run.fast, []
+    study, written, prices = run.fast, [], clock(run, default)
     for id_set, oods in rows_at_hand(run):
         denoiser = network_of(run, id_set, "unconditional")
         sets = {name: run.chosen(name, id_set, 0, study.ladder_images) for name in (id_set, *oods)}
@@ -536,34 +578,10 @@ def rival_cells(run: FastRun, seed: int) -> list[Path]:
                     is_ood=np.repeat([False, True], [len(part) for part in found]),
                     index=np.concatenate([sets[name].index for name in (id_set, ood)]),
                     seconds=seconds * sum(map(len, found)),
-                    extra={"weights": weights_digest(denoiser), "curve": rival}))
+                    extra={"weights": weights_digest(denoiser), "curve": rival, "clock_seconds": prices[rival]}))
     return written
 
-# %% ../nbs/47_fast_lmd.ipynb #da6b2591
-def seconds_per_image(run: FastRun, id_set: str, default: Score, slow_images: int = 2) -> pd.DataFrame:
-    """Measured once and cached: columns evaluations, images, seconds_per_image; rows "fast" and "paper"."""
-    images = to_unit(prepared(run.chosen(id_set, id_set, 0, 64), run.study.side, run.study.channels).images)
-    size = int(run.fast.ladder[0].holes[0].partition("-")[2])
-
-    def make(folder: Path):
-        fast = detector_of(run, id_set, default, fitted=False)
-        slow = LiftMapDetect(network_of(run, id_set, "unconditional"), blocks=run.study.side // size, sampler="em",
-                             steps=1000, repeats=10, batch_size=run.study.batch_size)
-        lines = []
-        for name, detector, shown in (("fast", fast, images), ("paper", slow, images[:slow_images])):
-            start = time.perf_counter()
-            detector.measure(shown, {"distance": detector.distance}, desc=f"timing {name}")
-            seconds = (time.perf_counter() - start) / len(shown)
-            lines.append({"setting": name, "evaluations": detector.evaluations_per_image, "images": len(shown),
-                          "seconds_per_image": seconds})
-        write_json(folder / "seconds.json", {"lines": lines})
-
-    stage = run.stages.run(f"seconds-{id_set}", make, settings={
-        "default": [list(default.family), default.distance, plain_kind(default.kind)], "images": slow_images, "threads": torch.get_num_threads(),
-        "weights": weights_digest(network_of(run, id_set, "conditional"))})
-    return pd.DataFrame(read_json(stage / "seconds.json")["lines"]).set_index("setting")
-
-# %% ../nbs/47_fast_lmd.ipynb #eaf28b17
+# %% ../nbs/47_fast_lmd.ipynb #8e560466
 def detector_of(run: FastRun, id_set: str, default: Score, fitted: bool = True) -> LiftMapDetect:
     """The default as a `LiftMapDetect`; `fitted`: with its reference and a threshold for 5 % false alarms."""
     denoiser = network_of(run, id_set, "conditional")
@@ -579,7 +597,7 @@ def detector_of(run: FastRun, id_set: str, default: Score, fitted: bool = True) 
         detector.calibrate(images("calibration", run.fast.calibration_images))
     return detector
 
-# %% ../nbs/47_fast_lmd.ipynb #b6a9418c
+# %% ../nbs/47_fast_lmd.ipynb #4bb74713
 def cost(run: FastRun, seeds: tuple = (0,)) -> pd.DataFrame:
     """One line per training and mapping: images, network evaluations."""
     study, lines, side = run.fast, [], run.study.side
