@@ -331,7 +331,7 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], # {label: (value, 
             axes.text(1, s=f"\u25c7 {reference_name}", color=PALETTE[1], ha="right", **heading)
     return figure
 
-# %% ../nbs/02_figures.ipynb #d23e2371
+# %% ../nbs/02_figures.ipynb #0c88f841
 def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(price, value, low, high), ...]}
                           xlabel: str, ylabel: str) -> Figure: # say units and direction
     """Values with intervals over a logarithmic price, one line per name, named at its right end."""
@@ -352,15 +352,22 @@ def quality_against_price(groups: Mapping[str, Sequence[tuple]], # {name: [(pric
         gap = np.ptp(axes.get_ylim()) * 0.055
         word = {"textcoords": "offset points", "fontweight": "bold",
                 "path_effects": [withStroke(linewidth=2, foreground="white")]}
-        beside = []
+        beside, under = [], []
         for name, place, value, colour, below in ends:
             if any(place * 1.1 < x < place * 3 and abs(y - value) < gap for x, y in marks):  # the name would hide a point
-                axes.annotate(name, (place, round_data(below)), xytext=(-4, -4), color=colour, va="top", **word)
+                under.append((name, place, below, colour))
             else:
                 beside.append((name, place, value, colour))
         heights = _spread([value for _, _, value, _ in beside], gap) if beside else []
         for (name, place, _, colour), height in zip(beside, heights):
             axes.annotate(name, (place, round_data(height)), xytext=(9, 0), color=colour, va="center", **word)
+        taken = []
+        for name, place, height, colour in sorted(under, key=lambda label: -label[2]):
+            for other, level in taken:
+                if 0.5 < other / place < 2 and abs(level - height) < gap:
+                    height = level - gap
+            taken.append((place, height))
+            axes.annotate(name, (place, round_data(height)), xytext=(-4, -4), color=colour, va="top", **word)
         prices = sorted({float(point[0]) for points in groups.values() for point in points})
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
         axes.margins(x=0.12)
