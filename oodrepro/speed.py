@@ -241,12 +241,12 @@ def within_noise(curves: pd.DataFrame) -> dict:
             "within": bool(seeds.min() <= last.iloc[0] <= seeds.max()
                            or abs(last.iloc[0] - last.iloc[1]) <= seeds.max() - seeds.min())}
 
-# %% ../nbs/58_speed.ipynb #772a08e8
+# %% ../nbs/58_speed.ipynb #3d2ebcf8
 def draw(table: pd.DataFrame) -> Figure:
     """Ratio to the plain way with its lowest and highest round, one line per way of one loop."""
     ran = table[table.ratio.notna()].sort_values("ratio", ascending=False)
     rows = {line.way: (line.ratio, line.lowest, line.highest) for line in ran.itertuples()}
-    return figures.intervals(rows, "images per second, plain loop = 1 (higher is better); bar: lowest to highest round")
+    return figures.intervals(rows, "images a second, plain loop = 1; bar: lowest to highest round")
 
 
 def record(table: pd.DataFrame, folder: Path | str, # e.g. figures/laptop/speed
