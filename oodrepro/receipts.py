@@ -252,13 +252,14 @@ def load_scores(receipt_path) -> dict[str, np.ndarray]:
                              + (f"{arrays[name].dtype} {arrays[name].shape}" if name in arrays else "missing"))
     return arrays
 
-# %% ../nbs/13_receipts.ipynb #63324635
+# %% ../nbs/13_receipts.ipynb #2cd5901f
 def _flat(path: Path, receipt: dict) -> dict:
     """One table row: nested names joined by an underscore, metrics under their own names."""
     row = {"run": path.stem, "path": str(path)}
     for key, value in receipt.items():
         if key in ("row", "column", "variant", "code"):
             row |= {f"{key}_{name}": item for name, item in value.items()}
+            row |= {"variant": list(value)} if key == "variant" else {}  # the order of its fields, which columns forget
         elif key == "metrics":
             row |= value
         else:

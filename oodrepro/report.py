@@ -62,7 +62,7 @@ def verdict(ours: float | None, # our mean; None if nothing was run
         return "inside interval"
     return "outside but within the stated tolerance" if abs(ours - paper) <= tolerance + rounding else "outside"
 
-# %% ../nbs/51_report.ipynb #af5d08ad
+# %% ../nbs/51_report.ipynb #fd6b0724
 def _one_experiment(cell: pd.DataFrame, keys: Sequence[str]) -> None:
     """Raise `ValueError` if the receipts of a cell differ in anything but the seed, or repeat one."""
     where = ", ".join(f"{key} = {cell.iloc[0][key]}" for key in keys)
@@ -104,8 +104,9 @@ def _measured(cell: pd.DataFrame, metric: str, level: float) -> dict:
     cell = cell.sort_values("seed")
     counts = {name: "/".join(dict.fromkeys(str(n) for n in cell[name])) for name in ("n_id", "n_ood")}
     first = cell.iloc[0]
+    fields = [f"variant_{name}" for name in first["variant"]]  # in the receipt's order, whatever else lies in the folder
     setting = [f"{label(name)} {first[name]:g}" if isinstance(first[name], float) else f"{label(name)} {first[name]}"
-               for name in cell if name.startswith("variant_") and pd.notna(first[name])]
+               for name in fields if pd.notna(first[name])]
     setting += [f"{label('nfe_per_image')} {first['nfe_per_image']:g}"] * (cell["nfe_per_image"].nunique() == 1)
     facts = {"seeds": ", ".join(str(seed) for seed in cell["seed"]), "n_seeds": len(cell), **counts, "level": level,
              "setting": (f"tier {first['tier']}", label(first["method"]), *setting), "runs": tuple(cell["run"]),
