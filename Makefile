@@ -75,7 +75,7 @@ nbtest: $(READY) ## run the library notebooks' own tests
 	OMP_NUM_THREADS=1 $(TIMEOUT) $(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^[_.]|^papers$$'
 
 test: lint check nbtest ## everything: sync, hygiene, committed numbers, notebooks, headless papers, pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 test-wheel: $(READY) ## the wheel in a new environment without nbdev, from an empty folder (downloads everything again)
 	OODREPRO_FRESH_ENVIRONMENT=1 $(BIN)/python -m pytest -q -s tests/test_install.py

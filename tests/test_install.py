@@ -23,7 +23,6 @@ import pytest
 from oodrepro.pages import requests_of
 from oodrepro.reproduce import available_papers
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one wheel, one environment, one folder whose networks are trained once
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = os.environ.get("OODREPRO_FRESH_ENVIRONMENT") == "1"
 
