@@ -8,7 +8,9 @@ from scipy.io import savemat
 
 from oodrepro import datasets, report
 from oodrepro.denoisers import DenoiserSettings
-from oodrepro.lmd_colour import ColourRun, colour_study, not_run, plan, remarks, traces_control
+from oodrepro.distances import distance_function
+from oodrepro.lift_map_detect import LiftMapDetect
+from oodrepro.lmd_colour import ColourRun, colour_study, fast_colour, not_run, plan, remarks, traces_control
 from oodrepro.lmd_study import Cells, LMDRun, Variant, choose_score, controls, denoiser_of, lmd_study, rows_at_hand, table1
 from oodrepro.published import published
 from oodrepro.receipts import check, read_receipts
@@ -113,3 +115,13 @@ def test_the_same_network_whoever_asks(data, tmp_path):
 def test_the_plan_names_what_is_missing_without_reading_or_writing(tmp_path):
     lines = plan("laptop", [0], tmp_path / "out", tmp_path)
     assert len([line for line in lines if "not run: " in line]) == 16 and not list(tmp_path.iterdir())
+
+
+def test_the_fast_default_in_colour_is_the_one_that_ships():
+    """The same holes at the next image size, the same distance and kind of score: nothing is chosen again."""
+    shipped, (study, score) = LiftMapDetect.from_pretrained("fast-lmd-mnist"), fast_colour(colour_study("laptop"))
+    larger = {"half-7": "half-8", "half-14": "half-16", "quarter-7": "quarter-8"}
+    assert tuple(larger.get(hole, hole) for hole in shipped.options.mask) == score.family == study.main.holes
+    assert shipped.evaluations_per_image == study.main.evaluations(32) == 12
+    assert (shipped.reference.kind, shipped.reference.combine) == ("relative", "smooth_max") and score.kind == "relative-any"
+    assert shipped.distance is distance_function("mse") and score.distance == "mse"
